@@ -1,0 +1,59 @@
+"""Precision for Keras: one policy decides which dtype stores, computes and returns each tensor."""
+
+from keras_precision import _bridge, dtypes, hardware
+from keras_precision.dtypes import safe_mask_value
+from keras_precision.install import hooks
+from keras_precision.layers import set_policy
+from keras_precision.policies import (
+    SAFE_LAYERS,
+    DTypePolicy,
+    DTypePolicyMap,
+    FloatDTypePolicy,
+    QuantizedDTypePolicy,
+    QuantizedFloat8DTypePolicy,
+    deserialize,
+    get,
+    global_policy,
+    list_policies,
+    policy_scope,
+    register_policy,
+    register_safe_layer,
+    resolve,
+    serialize,
+    set_global_policy,
+)
+from keras_precision.report.summary import summary
+
+_bridge.install(hooks)
+
+# Keras's names for the same.
+dtype_policy = global_policy
+set_dtype_policy = set_global_policy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SAFE_LAYERS",
+    "DTypePolicy",
+    "DTypePolicyMap",
+    "FloatDTypePolicy",
+    "QuantizedDTypePolicy",
+    "QuantizedFloat8DTypePolicy",
+    "deserialize",
+    "dtype_policy",
+    "dtypes",
+    "get",
+    "global_policy",
+    "hardware",
+    "list_policies",
+    "policy_scope",
+    "register_policy",
+    "register_safe_layer",
+    "resolve",
+    "safe_mask_value",
+    "serialize",
+    "set_dtype_policy",
+    "set_global_policy",
+    "set_policy",
+    "summary",
+]

@@ -1,0 +1,51 @@
+"""Functions that compute 16-bit arguments in float32."""
+
+import functools
+from collections.abc import Callable
+
+import keras
+
+HALF_DTYPES = ("float16", "bfloat16")
+
+
+def to_float32(value):
+    """Returns `value` in float32 if it is a float16 or bfloat16 tensor, else as it is."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not (keras.ops.is_tensor(value) or isinstance(value, (keras.KerasTensor, keras.Variable))):
+        return value
+    return keras.ops.cast(value, "float32") if keras.backend.standardize_dtype(dtype) in HALF_DTYPES else value
+
+
+def in_float32(function: Callable) -> Callable:
+    """Returns `function`, its float16 and bfloat16 arguments cast to float32 (lists and dicts looked into).
+
+    float16 ends at 65504, so the square of a difference of 256 overflows, and
+    bfloat16 sums of more than 256 equal terms stop growing.
+
+    Example:
+        >>> total = in_float32(lambda x: keras.ops.sum(keras.ops.square(x)))
+        >>> float(total(keras.ops.full((4,), 300.0, dtype="float16")))
+        360000.0
+    """
+
+    @functools.wraps(function)
+    def computed_in_float32(*args, **kwargs):
+        args, kwargs = keras.tree.map_structure(_keeping_mask, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return computed_in_float32
+
+
+def _keeping_mask(value):
+    converted = to_float32(value)
+    mask = getattr(value, "_keras_mask", None)
+    if converted is not value and mask is not None:
+        converted._keras_mask = mask
+    return converted
+
+
+class ComputesInFloat32:
+    """Makes a regularizer compute 16-bit tensors in float32 (mixed in by `_bridge.specialise`)."""
+
+    def __call__(self, x):
+        return super().__call__(to_float32(x))

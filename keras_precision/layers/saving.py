@@ -1,0 +1,130 @@
+"""How policies travel in configs: what a layer resolved to is what a file holds."""
+
+import contextlib
+
+import keras
+
+from keras_precision import _bridge
+from keras_precision.layers.convert import change_policy
+from keras_precision.policies import registry
+from keras_precision.policies.policy_map import DTypePolicyMap
+from keras_precision.policies.resolve import attached
+from keras_precision.policies.scope import policy_scope
+
+# Stands where a policy's class name would; read by `loading` only.
+SAVED_POLICIES = "SavedPolicies"
+
+
+def saved_dtype(layer: keras.Layer) -> dict | None:
+    """Returns the `dtype` entry of a layer's config, or None for Keras's own.
+
+    - A layer without sublayers holds its resolved policy, never a map.
+    - A Keras layer that passes its map on to sublayers (MultiHeadAttention)
+      holds a map of their names, which are fixed.
+    - A custom layer whose sublayers differ from it holds their policies in
+      order, because their names may change; a quantized sublayer is named
+      instead, because it must know its policy before it builds.
+    """
+    policy = layer.dtype_policy
+    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+    if is_map and not _bridge.is_placed(layer):
+        return None
+    inner = [child for child in _bridge.flatten_layers(layer)[1:] if _is_float(child)]
+    is_keras_class = _bridge.is_keras_class(type(layer))
+    if not is_map and (is_keras_class or not inner):
+        return None
+    own = attached(layer)
+    policies = [attached(child) for child in inner]
+    if all(policy == own for policy in policies):
+        return registry.serialize(own) if is_map else None
+    if is_keras_class or any(policy.quantization_mode for policy in policies):
+        return registry.serialize(_map_by_name(layer, own, zip(inner, policies, strict=True)))
+    return {
+        "class_name": SAVED_POLICIES,
+        "module": "keras_precision",
+        "registered_name": f"keras_precision>{SAVED_POLICIES}",
+        "config": {
+            "own": registry.serialize(own),
+            "inner": [registry.serialize(policy) for policy in policies],
+        },
+    }
+
+
+def _is_float(layer):
+    return keras.backend.is_float_dtype(attached(layer).compute_dtype)
+
+
+def _map_by_name(layer, own, inner):
+    rules = {f"path:{layer.name}": own}
+    base = _bridge.layer_path(layer).removesuffix(layer.name)
+    for child, policy in inner:
+        path = _bridge.layer_path(child)
+        key = f"path:{path.removeprefix(base) if path.startswith(f'{base}{layer.name}/') else child.name}"
+        if rules.setdefault(key, policy) != policy:
+            raise ValueError(
+                f"Layer '{_bridge.layer_path(layer)}' holds two layers '{key.removeprefix('path:')}' with different "
+                f"policies, {rules[key].name} and {policy.name}, which a file can't tell apart. "
+                "Give its sublayers different names."
+            )
+    return DTypePolicyMap(own, rules)
+
+
+def loading(config):
+    """Prepares the loading of one serialized object.
+
+    The sublayers that a custom layer makes in its constructor take the global
+    policy, which the loading process has not set; so they are made under the
+    layer's own policy, and then given the policies that were saved.
+
+    Args:
+        config: what Keras is about to deserialize.
+
+    Returns:
+        The config to deserialize, a context to do it in, and a function to
+        call with the object.
+    """
+    inner = config.get("config") if isinstance(config, dict) else None
+    if not isinstance(inner, dict) or not config.get("registered_name") or not inner.get("dtype"):
+        return config, contextlib.nullcontext(), _nothing
+    dtype = inner["dtype"]
+    saved = []
+    if isinstance(dtype, dict) and dtype.get("class_name") == SAVED_POLICIES:
+        saved = [registry.deserialize(policy) for policy in dtype["config"]["inner"]]
+        dtype = dtype["config"]["own"]
+        config = {**config, "config": {**inner, "dtype": dtype}}
+    policy = _float_policy(dtype)
+    if policy is None or _is_keras_map(policy):
+        return config, contextlib.nullcontext(), _nothing
+    return config, policy_scope(policy), lambda loaded: _give(loaded, saved)
+
+
+def _float_policy(dtype):
+    """Returns the policy of a config's dtype entry; None if it is no float policy that this process knows."""
+    try:
+        policy = registry.get(dtype)
+    except (TypeError, ValueError):
+        return None  # an object of another kind, whose own code will read it or complain
+    return policy if keras.backend.is_float_dtype(policy.compute_dtype) else None
+
+
+def _is_keras_map(policy):
+    """Keras's own map can't be a global policy: Keras makes policies from the global policy's name."""
+    return isinstance(policy, keras.dtype_policies.DTypePolicyMap) and not isinstance(policy, DTypePolicyMap)
+
+
+def _nothing(loaded):
+    """Null object: most objects need no finishing."""
+
+
+def _give(layer, saved):
+    if not saved:
+        return
+    inner = [child for child in _bridge.flatten_layers(layer)[1:] if _is_float(child)]
+    if len(inner) != len(saved):
+        raise ValueError(
+            f"Layer '{_bridge.layer_path(layer)}' was saved with policies for {len(saved)} sublayers and has "
+            f"{len(inner)} after loading. Its class must make all its sublayers in `__init__` or `build`, as it did "
+            "when it was saved."
+        )
+    for child, policy in zip(inner, saved, strict=True):
+        change_policy(child, policy)

@@ -1,0 +1,162 @@
+"""Quantized dtype policies as immutable values."""
+
+import difflib
+
+import keras
+
+from keras_precision.formats import FORMATS
+from keras_precision.policies.policy import DTypePolicy, default_name, parse_or_suggest
+
+
+@keras.saving.register_keras_serializable(package="keras_precision")
+class QuantizedDTypePolicy(DTypePolicy, keras.dtype_policies.QuantizedDTypePolicy):
+    """Stores a layer's weights in a quantized format and computes in a source policy.
+
+    Args:
+        mode: str, `"<format>"` or `"<format>/<block_size>"`; see
+            `keras_precision.formats.FORMATS`.
+        source_name: str, name of the float policy that layers without a
+            quantizable weight compute in, and that the decoded weights are
+            computed in. None takes the global policy's.
+
+    Raises:
+        TypeError: an argument is not a string.
+        ValueError: unknown format, a block size that the format can't have,
+            or a source that is no float policy.
+
+    Example:
+        >>> policy = QuantizedDTypePolicy("nf4/128", "bf16-mixed")
+        >>> policy.name, policy.quantization_mode, policy.block_size
+        ('nf4/128_from_mixed_bfloat16', 'nf4', 128)
+        >>> policy.source_policy.name
+        'mixed_bfloat16'
+    """
+
+    def __init__(self, mode: str, source_name: str | None = None):
+        self._set_quantized_state(mode, source_name)
+
+    def _set_quantized_state(self, mode, source_name, **extra):
+        entry, block_size = _parse_mode(mode)
+        dtypes = parse_or_suggest(default_name() if source_name is None else source_name)
+        if not dtypes.compute.startswith(("float", "bfloat")):
+            raise ValueError(
+                f"Cannot convert '{source_name}' to the source of a quantized policy. "
+                "Expected a float policy. Pass 'float32' or 'mixed_bfloat16'."
+            )
+        self._set_state(
+            name=f"{mode}_from_{dtypes.name}",
+            dtypes=dtypes,
+            quantization_mode=entry.name,
+            _mode=mode,
+            _source_name=dtypes.name,
+            _block_size=entry.default_block_size if block_size is None else block_size,
+            **extra,
+        )
+
+    @property
+    def block_size(self) -> int | None:
+        """Elements that share one scale; None where scales are per channel or per tensor."""
+        return self._block_size
+
+    @property
+    def source_policy(self) -> DTypePolicy:
+        """The float policy that computes."""
+        return DTypePolicy(self._source_name)
+
+    def _value(self):
+        return (self._name,)
+
+    def __eq__(self, other):
+        if not isinstance(other, keras.DTypePolicy):
+            return NotImplemented
+        # Keras's policy of the same name selects Keras's implementation, so it isn't equal.
+        return type(other) is type(self) and other._value() == self._value()
+
+    def __hash__(self):
+        return hash(self._value())
+
+    def get_config(self) -> dict:
+        """Returns the constructor's arguments."""
+        return {"mode": self._mode, "source_name": self._source_name}
+
+
+@keras.saving.register_keras_serializable(package="keras_precision")
+class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy, keras.dtype_policies.QuantizedFloat8DTypePolicy):
+    """A quantized policy of a format that trains, scaled from a history of absolute maxima.
+
+    Args:
+        mode: str, name of a format with `has_amax_history`.
+        source_name: str, name of the float policy; None takes the global one's.
+        amax_history_length: int > 0, steps that delayed scaling looks back.
+
+    Raises:
+        TypeError: `amax_history_length` is not an integer.
+        ValueError: it is not positive, or the format keeps no history.
+
+    Example:
+        >>> QuantizedFloat8DTypePolicy("float8", "mixed_bfloat16").amax_history_length
+        1024
+    """
+
+    def __init__(self, mode: str, source_name: str | None = None, amax_history_length: int = 1024):
+        if isinstance(amax_history_length, bool) or not isinstance(amax_history_length, int):
+            raise TypeError(
+                "`amax_history_length` must be an integer. "
+                f"Received: amax_history_length={amax_history_length!r}. Pass 1024."
+            )
+        if amax_history_length < 1:
+            raise ValueError(
+                f"Expected amax_history_length > 0. Received: amax_history_length={amax_history_length}. Pass 1024."
+            )
+        self._set_quantized_state(mode, source_name, _amax_history_length=amax_history_length)
+        if not FORMATS[self._quantization_mode].has_amax_history:
+            with_history = [name for name, entry in FORMATS.items() if entry.has_amax_history]
+            raise ValueError(
+                f"Invalid quantization mode. Expected a format with amax history, one of {with_history}. "
+                f"Received: mode={mode}. Use QuantizedDTypePolicy."
+            )
+
+    def _value(self):
+        return (self._name, self._amax_history_length)
+
+    def get_config(self) -> dict:
+        """Returns the constructor's arguments."""
+        return {**super().get_config(), "amax_history_length": self._amax_history_length}
+
+
+def quantized_policy(mode: str, source_name: str | None = None) -> QuantizedDTypePolicy:
+    """Returns the policy of the class that the format asks for.
+
+    Args:
+        mode: str, `"<format>"` or `"<format>/<block_size>"`.
+        source_name: str, name of the float policy; None takes the global one's.
+    """
+    entry, _ = _parse_mode(mode)
+    policy_class = QuantizedFloat8DTypePolicy if entry.has_amax_history else QuantizedDTypePolicy
+    return policy_class(mode, source_name)
+
+
+def _parse_mode(mode):
+    if not isinstance(mode, str):
+        raise TypeError(
+            f"Expected `mode` to be a string, one of {list(FORMATS)}. Received: mode={mode!r} "
+            f"(of type {type(mode).__name__})."
+        )
+    name, slash, block = mode.partition("/")
+    entry = FORMATS.get(name)
+    if entry is None:
+        nearest = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.4)
+        hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+        raise ValueError(
+            f"Invalid quantization mode. Expected one of {list(FORMATS)}. Received: mode={mode}.{hint}"
+        )
+    if not slash:
+        return entry, None
+    try:
+        block_size = int(block)
+    except ValueError:
+        raise ValueError(
+            f"Invalid quantization mode. Expected '{name}/<block_size>' with an integer. Received: '{mode}'."
+        ) from None
+    entry.check_block_size(block_size, mode)
+    return entry, block_size

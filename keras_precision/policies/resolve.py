@@ -1,0 +1,50 @@
+"""The one policy that a layer computes by, after maps and safe layers."""
+
+from functools import lru_cache
+
+import keras
+
+from keras_precision import _bridge
+from keras_precision.policies import registry
+from keras_precision.policies.policy import DTypePolicy
+from keras_precision.policies.quantized import QuantizedDTypePolicy
+from keras_precision.policies.safe_layers import is_safe
+
+
+def resolve(layer: keras.Layer) -> keras.DTypePolicy:
+    """Returns the policy that decides a layer's dtypes.
+
+    It is the attached policy; of a map, the rule's; and in float16 for a
+    layer of `safe_layers.SAFE_LAYERS`, one that computes in float32 and
+    returns the attached policy's output dtype. It is right before the layer
+    is built too.
+
+    Example:
+        >>> pool = keras.layers.AveragePooling2D(dtype="mixed_float16")
+        >>> resolve(pool)
+        <DTypePolicy "params=float32,compute=float32,output=float16">
+    """
+    policy = attached(layer)
+    if policy.compute_dtype == "float16" and is_safe(type(layer)):
+        return _computed_in_float32(registry.output_dtype(policy))
+    return policy
+
+
+def attached(layer: keras.Layer) -> keras.DTypePolicy:
+    """Returns the layer's own policy, or the one that its map gives to it."""
+    policy = layer.dtype_policy
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        find = getattr(policy, "resolve", None)
+        return policy[_bridge.layer_path(layer)] if find is None else find(layer)
+    return policy
+
+
+@lru_cache(maxsize=None)
+def _computed_in_float32(output):
+    return DTypePolicy(f"params=float32,compute=float32,output={output}")
+
+
+def keras_quantization_mode(layer: keras.Layer) -> str | None:
+    """Returns the mode of Keras's own quantization; None under our policies, which stock code must not act on."""
+    policy = resolve(layer)
+    return None if isinstance(policy, QuantizedDTypePolicy) else policy.quantization_mode

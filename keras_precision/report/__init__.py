@@ -1,0 +1,1 @@
+"""Reports: what precision a model really uses."""

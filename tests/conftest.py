@@ -1,0 +1,26 @@
+"""Fixtures that every test gets."""
+
+import os
+
+# TensorFlow's C++ start-up notices would drown the test report.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import pytest
+
+import keras_precision
+
+
+@pytest.fixture(autouse=True)
+def precision_state():
+    """Seeds every test alike, and gives the next one the global policy that this one found."""
+    before = keras_precision.global_policy()
+    keras.utils.set_random_seed(0)
+    yield
+    keras_precision.set_global_policy(before)
+
+
+@pytest.fixture
+def backend() -> str:
+    """The name of the Keras backend that this run tests."""
+    return keras.backend.backend()
