@@ -76,8 +76,8 @@ PATCH_POINTS = (
         "the same mended upstream",
     ),
     PatchPoint(
-        "function losses, CompileMetrics.update_state",
-        "16-bit predictions are compared in float32 (D24)",
+        "function losses, CompileMetrics.update_state, Loss.__init__, Metric.__init__",
+        "losses and metrics compute and accumulate in float32 (D24)",
         "losses and metrics casting to their dtype before they compute",
     ),
     PatchPoint(
@@ -107,6 +107,7 @@ class Hooks:
         saved_dtype: layer -> `dtype` entry of its config, or None for Keras's.
         loading: (config) -> (config to load, context, function of the object).
         in_float32: wraps a function so that it computes 16-bit arguments in float32.
+        compute_in_float32: called with each loss and metric made.
         before_compile: called with a model about to compile.
     """
 
@@ -119,6 +120,7 @@ class Hooks:
     saved_dtype: Callable[[Layer], dict | None]
     loading: Callable[[Any], tuple[Any, AbstractContextManager, Callable[[Any], None]]]
     in_float32: Callable[[Callable], Callable]
+    compute_in_float32: Callable[[keras.Loss | keras.Metric], None]
     before_compile: Callable[[keras.Model], None]
 
 
@@ -268,6 +270,17 @@ def _install_float32_losses(hooks):
         for table in (keras.src.losses.ALL_OBJECTS_DICT, keras.src.metrics.ALL_OBJECTS_DICT):
             table.update({key: replacement for key, value in table.items() if value is function})
     CompileMetrics.update_state = hooks.in_float32(CompileMetrics.update_state)
+    for cls in (keras.Loss, keras.Metric):
+        cls.__init__ = _followed_by(cls.__init__, hooks.compute_in_float32)
+
+
+def _followed_by(init, hook):
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        hook(self)
+
+    return __init__
 
 
 def _install_compile(hooks):
@@ -376,6 +389,11 @@ def convert_variable(variable: keras.Variable, dtype: str) -> None:
         variable._initialize(keras.ops.cast(keras.ops.convert_to_tensor(value), dtype))
     else:
         variable._value = keras.ops.cast(value, dtype)
+
+
+def set_dtype(loss_or_metric: keras.Loss | keras.Metric, dtype: str) -> None:
+    """Sets the dtype that a loss or metric computes in."""
+    loss_or_metric._dtype = dtype
 
 
 def is_quantized(layer: Layer) -> bool:

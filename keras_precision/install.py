@@ -3,7 +3,7 @@
 from keras_precision._bridge import Hooks
 from keras_precision.layers.after_build import after_build
 from keras_precision.layers.convert import report_unmatched_of
-from keras_precision.layers.float32_inside import in_float32
+from keras_precision.layers.float32_inside import compute_in_float32, in_float32
 from keras_precision.layers.saving import loading, saved_dtype
 from keras_precision.policies import registry, resolve, scope
 from keras_precision.policies.resolve import keras_quantization_mode
@@ -18,5 +18,6 @@ hooks = Hooks(
     saved_dtype=saved_dtype,
     loading=loading,
     in_float32=in_float32,
+    compute_in_float32=compute_in_float32,
     before_compile=report_unmatched_of,
 )

@@ -1,9 +1,11 @@
-"""Functions that compute 16-bit arguments in float32."""
+"""Losses, metrics and regularizers that compute 16-bit values in float32."""
 
 import functools
 from collections.abc import Callable
 
 import keras
+
+from keras_precision import _bridge
 
 HALF_DTYPES = ("float16", "bfloat16")
 
@@ -49,3 +51,39 @@ class ComputesInFloat32:
 
     def __call__(self, x):
         return super().__call__(to_float32(x))
+
+
+class ReturnsRequestedDType:
+    """Makes a loss or metric that computes in float32 return the 16-bit dtype it was made for (mixed in)."""
+
+    def __call__(self, *args, **kwargs):
+        return self._requested(super().__call__(*args, **kwargs))
+
+    def result(self):
+        return self._requested(super().result())
+
+    def get_config(self):
+        config = super().get_config()
+        return {**config, "dtype": self.requested_dtype} if "dtype" in config else config
+
+    def _requested(self, outputs):
+        return keras.tree.map_structure(
+            lambda x: keras.ops.cast(x, self.requested_dtype) if keras.ops.is_tensor(x) else x, outputs
+        )
+
+
+def compute_in_float32(loss_or_metric: keras.Loss | keras.Metric) -> None:
+    """Makes a loss or metric of a 16-bit dtype compute and accumulate in float32.
+
+    Its values keep the dtype that it was made for, but for losses in float16,
+    which stay float32: what overflows there would stop training. In float16
+    the sum of a metric ends at 65504, and a count stops at 2048, where
+    2048 + 1 == 2048.
+    """
+    requested = loss_or_metric.dtype
+    if requested not in HALF_DTYPES:
+        return
+    _bridge.set_dtype(loss_or_metric, "float32")
+    if not (isinstance(loss_or_metric, keras.Loss) and requested == "float16"):
+        _bridge.specialise(loss_or_metric, ReturnsRequestedDType)
+        loss_or_metric.requested_dtype = requested
