@@ -3,8 +3,7 @@
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,8 @@ from keras.src.ops.operation import Operation
 from keras.src.saving import object_registration, serialization_lib
 from keras.src.trainers.compile_utils import CompileMetrics
 from keras.src.trainers.trainer import Trainer
+
+from keras_precision.hooks import Hooks
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ PATCH_POINTS = (
     ),
     PatchPoint(
         "Layer._post_build (defined by Operation)",
-        "a layer that has built is checked against the device and made to cast outputs and losses",
+        "a built layer is checked against the device and made to cast its outputs and losses",
         "a public post-build hook",
     ),
     PatchPoint(
@@ -80,48 +81,13 @@ PATCH_POINTS = (
         "losses and metrics compute and accumulate in float32 (D24)",
         "losses and metrics casting to their dtype before they compute",
     ),
-    PatchPoint(
-        "Trainer.compile (public)",
-        "rules of a map that matched no layer are reported (D13)",
-        "none: this is a documented override",
-    ),
+    PatchPoint("Trainer.compile (public)", "rules of a map that matched no layer are reported (D13)", "none"),
     PatchPoint(
         "the registry of public names",
         "our float policies and specialised layers are saved under Keras's own class names",
         "serialization of subclasses as their base",
     ),
 )
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What the patched Keras asks.
-
-    Attributes:
-        policy_for: identifier -> policy, or None to leave it to Keras.
-        current_policy: the global policy, or None if none was set.
-        replace_policy: sets the global policy.
-        resolve: layer -> the policy that decides its dtypes.
-        quantization_mode: layer -> mode of Keras's own quantization or None.
-        after_build: called with each layer that has built.
-        saved_dtype: layer -> `dtype` entry of its config, or None for Keras's.
-        loading: (config) -> (config to load, context, function of the object).
-        in_float32: wraps a function so that it computes 16-bit arguments in float32.
-        compute_in_float32: called with each loss and metric made.
-        before_compile: called with a model about to compile.
-    """
-
-    policy_for: Callable[[Any], keras.DTypePolicy | None]
-    current_policy: Callable[[], keras.DTypePolicy | None]
-    replace_policy: Callable[[keras.DTypePolicy], None]
-    resolve: Callable[[Layer], keras.DTypePolicy]
-    quantization_mode: Callable[[Layer], str | None]
-    after_build: Callable[[Layer], None]
-    saved_dtype: Callable[[Layer], dict | None]
-    loading: Callable[[Any], tuple[Any, AbstractContextManager, Callable[[Any], None]]]
-    in_float32: Callable[[Callable], Callable]
-    compute_in_float32: Callable[[keras.Loss | keras.Metric], None]
-    before_compile: Callable[[keras.Model], None]
 
 
 stock_get = dtype_policies.get
@@ -229,9 +195,14 @@ def _install_saving(hooks):
 
     @functools.wraps(stock_get_config)
     def get_config(self):
-        config = stock_get_config(self)
         dtype = hooks.saved_dtype(self)
-        return config if dtype is None else {**config, "dtype": dtype}
+        if dtype is None:
+            return stock_get_config(self)
+        attached, self._dtype_policy = self._dtype_policy, keras.DTypePolicy("float32")  # a map need not be savable
+        try:
+            return {**stock_get_config(self), "dtype": dtype}
+        finally:
+            self._dtype_policy = attached
 
     @functools.wraps(stock_deserialize)
     def deserialize_keras_object(config, *args, **kwargs):
@@ -261,7 +232,7 @@ def _renamable(policy):
 def _install_float32_losses(hooks):
     for name, function in list(vars(loss_functions).items()):
         public_name = api_export.REGISTERED_OBJS_TO_NAMES.get(function) if callable(function) else None
-        if public_name is None or isinstance(function, type) or getattr(function, "__module__", "") != loss_functions.__name__:
+        if public_name is None or isinstance(function, type) or function.__module__ != loss_functions.__name__:
             continue
         replacement = hooks.in_float32(function)
         api_export.REGISTERED_OBJS_TO_NAMES[replacement] = public_name
@@ -403,7 +374,10 @@ def is_quantized(layer: Layer) -> bool:
 
 def refresh_symbolic_dtypes(model: Layer) -> None:
     """Recomputes the dtypes of a functional model's symbolic tensors after its layers' policies changed."""
-    for functional in (layer for layer in flatten_layers(model) if isinstance(layer, Functional)):
+    for layer in flatten_layers(model):
+        functional = layer._functional if isinstance(layer, keras.Sequential) else layer
+        if not isinstance(functional, Functional):
+            continue
         for depth in sorted(functional._nodes_by_depth, reverse=True):
             for node in functional._nodes_by_depth[depth]:
                 if node.is_input or not isinstance(node.operation, Operation):

@@ -1,6 +1,6 @@
 """What the bridge asks of the rest of the package."""
 
-from keras_precision._bridge import Hooks
+from keras_precision.hooks import Hooks
 from keras_precision.layers.after_build import after_build
 from keras_precision.layers.convert import report_unmatched_of
 from keras_precision.layers.float32_inside import compute_in_float32, in_float32

@@ -52,9 +52,10 @@ REASONS = {
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def demo(epochs: int | None, names: str, output: Path, seed: int, as_json: bool) -> None:
     """Train a small network on 1,797 handwritten digits under several policies and compare them."""
-    requested = _known_policies(names)
+    requested = _float_policies(names)
     if importlib.util.find_spec("sklearn") is None:
-        raise click.UsageError("Expected scikit-learn, which holds the digits. Run pip install 'keras-precision[demo]'.")
+        raise click.UsageError("Expected scikit-learn, which has the digits. Run pip install 'keras-precision[demo]'.")
+    figure = _figure_path(output)
     from keras_precision.cli import digits
 
     epochs = epochs or digits.DEFAULT_EPOCHS
@@ -66,7 +67,10 @@ def demo(epochs: int | None, names: str, output: Path, seed: int, as_json: bool)
         for name in requested:
             progress.update(task, description=name)
             results.append(digits.train(name, epochs, seed, on_batch=lambda: progress.advance(task)))
-    figure = _save_figure(results, output)
+    if figure:
+        from keras_precision.cli.loss_curves import save_loss_curves
+
+        save_loss_curves(results, figure)
     if as_json:
         report = {
             "backend": keras.backend.backend(),
@@ -87,16 +91,33 @@ def demo(epochs: int | None, names: str, output: Path, seed: int, as_json: bool)
         console.print("No loss curves, since matplotlib is not installed: pip install 'keras-precision[plots]'.")
 
 
-def _known_policies(names: str) -> list[str]:
+def _float_policies(names: str) -> list[str]:
+    """Returns the names, each of a policy that this device trains in, refusing others before any work is done."""
     requested = [name.strip() for name in names.split(",") if name.strip()]
     if not requested:
         raise click.BadParameter("Expected at least one policy name. Received: none.", param_hint="--policies")
     for name in requested:
         try:
-            policies.get(name)
+            policy = policies.get(name)
+            if policy.quantization_mode or not keras.backend.is_float_dtype(policy.compute_dtype):
+                raise ValueError(f"Expected policies that train, such as 'mixed_bfloat16'. Received: {name!r}.")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", hardware.PrecisionWarning)
+                policies.policy_scope(policy)
         except ValueError as error:
             raise click.BadParameter(" ".join(str(error).split()), param_hint="--policies") from error
     return requested
+
+
+def _figure_path(directory: Path) -> Path | None:
+    """Returns where the loss curves go, None without matplotlib; the directory exists then."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.BadParameter(f"Expected a directory that can be made. {error}", param_hint="--output") from error
+    return directory / FIGURE_NAME
 
 
 def _progress() -> Progress:
@@ -113,18 +134,9 @@ def _progress() -> Progress:
     )
 
 
-def _save_figure(results: list[RunResult], directory: Path) -> Path | None:
-    if importlib.util.find_spec("matplotlib") is None:
-        return None
-    from keras_precision.cli.loss_curves import save_loss_curves
-
-    directory.mkdir(parents=True, exist_ok=True)
-    return save_loss_curves(results, directory / FIGURE_NAME)
-
-
 def _table(results: list[RunResult], epochs: int) -> Table:
     backend = keras.backend.backend()
-    table = Table(title=f"Handwritten digits, {epochs} epochs of Adam, {backend}")
+    table = Table(title=f"Handwritten digits with Adam on {backend}, epochs: {epochs}")
     table.add_column("policy", no_wrap=True)
     table.add_column("result", no_wrap=True)
     for heading in ("test accuracy", "final loss", "step (ms)", "weight bytes", "optimizer bytes"):

@@ -46,8 +46,8 @@ def _facts_table(report: dict[str, Any]) -> Table:
     table.add_column(overflow="fold")
     table.add_row("backend", f"{found['backend']} {found['backend_version']}")
     for kind, name in found["devices"]:
-        table.add_row(kind, name)
-    table.add_row("CPU", f"{found['cpu_name']} ({', '.join(found['cpu_flags']) or 'no known flags'})")
+        table.add_row(f"device ({kind})", name)
+    table.add_row("processor", f"{found['cpu_name']} ({', '.join(found['cpu_flags']) or 'no known flags'})")
     if found["compute_capability"]:
         table.add_row("compute capability", found["compute_capability"])
     table.add_row("float64", "kept" if found["is_x64_enabled"] else "becomes float32: jax_enable_x64 is off")

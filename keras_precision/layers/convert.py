@@ -33,7 +33,7 @@ def set_policy(model: keras.Layer, policy) -> None:
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
         >>> set_policy(model, "bfloat16")
-        >>> model.layers[0].kernel.dtype, model.output.dtype
+        >>> model.layers[0].kernel.dtype, model.outputs[0].dtype
         ('bfloat16', 'bfloat16')
     """
     if not isinstance(model, keras.Layer):

@@ -52,6 +52,8 @@ class Explanation(RichText):
 
 def explain(policy_map, model: keras.Layer) -> Explanation:
     """Returns the rule and the policy that `policy_map` gives to each layer of `model`."""
+    if not isinstance(model, keras.Layer):
+        raise TypeError(f"Expected a Keras model or layer. Received: {model!r} (of type {type(model).__name__}).")
     rows = []
     for layer in _bridge.flatten_layers(model):
         if isinstance(layer, keras.layers.InputLayer):

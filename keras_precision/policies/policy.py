@@ -7,7 +7,7 @@ import keras
 from keras_precision.policies import names
 
 
-class DTypePolicy(keras.DTypePolicy):
+class DTypePolicy(keras.dtype_policies.FloatDTypePolicy):
     """Says which dtype stores a layer's weights, which computes, and which it returns.
 
     Equal to, and usable in place of, the Keras policy of the same name; also
@@ -17,7 +17,7 @@ class DTypePolicy(keras.DTypePolicy):
         name: str, any float policy name: Keras's (`"float32"`,
             `"mixed_bfloat16"`), an alias (`"bf16-true"`, `"O2"`, `"auto"`), or
             jmp's `"params=float32,compute=bfloat16,output=float32"`. None
-            takes the global policy's name.
+            takes the global policy's name, or its source's.
 
     Raises:
         TypeError: `name` is not a string.
@@ -59,6 +59,9 @@ class DTypePolicy(keras.DTypePolicy):
             )
         super().__setattr__(attribute, value)
 
+    def __delattr__(self, attribute):
+        raise AttributeError(f"A policy can't be changed. Received: del of {attribute} for {self!r}.")
+
     def __eq__(self, other):
         if not isinstance(other, keras.DTypePolicy):
             return NotImplemented
@@ -76,9 +79,14 @@ _PLAIN_CLASSES = (DTypePolicy, FloatDTypePolicy, keras.DTypePolicy, keras.dtype_
 
 
 def default_name() -> str:
-    """Returns the global policy's name; of a map's default policy where that is a map."""
+    """Returns the name of the float policy that the global policy, or a global map's default, computes in."""
     policy = keras.config.dtype_policy()
-    return getattr(policy, "default_policy", policy).name
+    return float_name(getattr(policy, "default_policy", policy))
+
+
+def float_name(policy: keras.DTypePolicy) -> str:
+    """Returns a float policy's name, and of a quantized policy, Keras's too, its source's."""
+    return policy.name.rpartition("_from_")[2]
 
 
 def parse_or_suggest(name: str, known: list[str] | None = None) -> names.DTypes:
@@ -101,6 +109,11 @@ def parse_or_suggest(name: str, known: list[str] | None = None) -> names.DTypes:
     try:
         return names.parse(name)
     except ValueError as e:
+        if names.split_quantized(name):
+            hint = "A float policy's name is expected here; `keras_precision.get` takes quantized ones too."
+            raise ValueError(f"{e}. {hint}") from None
+        if "=" in name:  # jmp's form: the nearest of the plain names would mislead
+            raise ValueError(f"{e}. Pass a name such as 'params=float32,compute=bfloat16,output=float32'.") from None
         nearest = difflib.get_close_matches(name, known or names.builtin_names(), n=1, cutoff=0.4)
         hint = f"Did you mean '{nearest[0]}'?" if nearest else "`keras_precision.list_policies()` gives the valid names."
         raise ValueError(f"{e}. {hint}") from None

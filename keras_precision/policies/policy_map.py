@@ -7,6 +7,7 @@ import keras
 from keras_precision import _bridge
 from keras_precision.policies import registry, rules
 from keras_precision.policies.names import split_quantized
+from keras_precision.policies.policy import float_name
 from keras_precision.policies.quantized import quantized_policy
 
 
@@ -47,7 +48,8 @@ class DTypePolicyMap(keras.dtype_policies.DTypePolicyMap):
     __hash__ = None  # rules can be added
 
     def __init__(self, default_policy=None, policy_map: Mapping | None = None):
-        if isinstance(default_policy, keras.dtype_policies.DTypePolicyMap):
+        default = registry.get(default_policy)
+        if default_policy is not None and isinstance(default, keras.dtype_policies.DTypePolicyMap):
             raise ValueError(
                 "`default_policy` cannot be a `DTypePolicyMap`. Pass a policy or its name, and give the other "
                 "map's rules to this one."
@@ -58,7 +60,6 @@ class DTypePolicyMap(keras.dtype_policies.DTypePolicyMap):
                 f"Received: policy_map={policy_map!r} of type {type(policy_map).__name__}"
             )
         self._default_policy_arg = default_policy
-        default = registry.get(default_policy)
         self._default_policy = getattr(default, "default_policy", default)  # the global policy may be a map
         self._policy_map: dict[str, keras.DTypePolicy] = {}
         self._predicates: dict[str, Callable] = {}
@@ -104,11 +105,6 @@ class DTypePolicyMap(keras.dtype_policies.DTypePolicyMap):
         self._matcher = None
 
     def _policy_of(self, text, policy):
-        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
-            raise ValueError(
-                f"Cannot interpret the assigned value of '{text}': a map cannot hold a map. "
-                "Add the inner map's rules to this one, their keys prefixed with the path."
-            )
         if policy is None:
             raise ValueError(
                 f"Cannot interpret the assigned value of '{text}'. Expected a policy or its name. Received: None. "
@@ -117,10 +113,16 @@ class DTypePolicyMap(keras.dtype_policies.DTypePolicyMap):
         try:
             bare = split_quantized(policy) if isinstance(policy, str) else None
             if bare is not None and bare[1] is None:
-                return quantized_policy(bare[0], self.default_policy.name)
-            return registry.get(policy)
+                return quantized_policy(bare[0], float_name(self.default_policy))
+            policy = registry.get(policy)
         except (TypeError, ValueError) as e:
             raise ValueError(f"Cannot interpret the assigned value of '{text}'. {e}") from e
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+            raise ValueError(
+                f"Cannot interpret the assigned value of '{text}': a map cannot hold a map. "
+                "Add the inner map's rules to this one, their keys prefixed with the path."
+            )
+        return policy
 
     def __delitem__(self, key):
         text = rules.canonical_key(key)
@@ -140,6 +142,12 @@ class DTypePolicyMap(keras.dtype_policies.DTypePolicyMap):
             and list(self._policy_map.items()) == list(other._policy_map.items())
             and self._predicates == other._predicates
         )
+
+    def __copy__(self):
+        """Returns a map whose rules change apart from this one's; both note which rules have matched."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__, _policy_map=dict(self._policy_map), _predicates=dict(self._predicates))
+        return twin
 
     def _find(self, path, layer=None):
         if self._matcher is None:
@@ -180,7 +188,7 @@ class DTypePolicyMap(keras.dtype_policies.DTypePolicyMap):
             >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")], name="net")
             >>> explanation = DTypePolicyMap("mixed_bfloat16", {"head": "float32", "tail": "float32"}).explain(model)
             >>> [(row.path, row.rule, row.policy) for row in explanation.rows if row.rule]
-            [('head', 'head', 'float32')]
+            [('net/head', 'head', 'float32')]
             >>> explanation.unmatched
             ('tail',)
         """

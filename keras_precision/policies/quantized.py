@@ -1,6 +1,7 @@
 """Quantized dtype policies as immutable values."""
 
 import difflib
+import re
 
 import keras
 
@@ -145,18 +146,17 @@ def _parse_mode(mode):
     name, slash, block = mode.partition("/")
     entry = FORMATS.get(name)
     if entry is None:
-        nearest = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.4)
+        nearest = difflib.get_close_matches(name.lower(), FORMATS, n=1, cutoff=0.4)
         hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
         raise ValueError(
             f"Invalid quantization mode. Expected one of {list(FORMATS)}. Received: mode={mode}.{hint}"
         )
     if not slash:
         return entry, None
-    try:
-        block_size = int(block)
-    except ValueError:
+    if not re.fullmatch("0|-?[1-9][0-9]*", block):  # int() also takes "064", "6_4" and " 64": one policy, many names
         raise ValueError(
             f"Invalid quantization mode. Expected '{name}/<block_size>' with an integer. Received: '{mode}'."
-        ) from None
+        )
+    block_size = int(block)
     entry.check_block_size(block_size, mode)
     return entry, block_size

@@ -51,7 +51,7 @@ def get(identifier=None) -> keras.DTypePolicy:
         return get(keras.config.dtype_policy())
     if isinstance(identifier, keras.DTypePolicy):
         is_keras_float = type(identifier) in (keras.DTypePolicy, keras.dtype_policies.FloatDTypePolicy)
-        return get(identifier.name) if is_keras_float else identifier
+        return DTypePolicy(identifier.name) if is_keras_float else identifier
     if isinstance(identifier, dict):
         return deserialize(identifier)
     if isinstance(identifier, int) and not isinstance(identifier, bool) and str(identifier) in names.ALIASES:
@@ -67,7 +67,7 @@ def _from_name(name):
         return quantized_policy(*split)
     if split is not None:
         policy = quantized_policy(*split)
-    elif "_from_" in name and name.startswith(_bridge.quantization_modes()):
+    elif "_from_" in name and name.partition("_from_")[0].partition("/")[0] in _bridge.quantization_modes():
         policy = _bridge.stock_get(name)  # gptq and awq: Keras alone has them
     else:
         policy = DTypePolicy(parse_or_suggest(name, list_policies()).name)
@@ -84,7 +84,7 @@ def _from_dtype(identifier):
             "Cannot interpret `dtype` argument. Expected a policy, its name, a dtype, or a serialized policy. "
             f"Received: {identifier!r} (of type {type(identifier).__name__}). Pass a name such as 'mixed_bfloat16'."
         ) from e
-    return get(dtype)
+    return DTypePolicy(dtype)  # not `get`, which reads "int8" as the quantized format
 
 
 def for_keras(identifier) -> keras.DTypePolicy | None:
@@ -102,11 +102,11 @@ def for_keras(identifier) -> keras.DTypePolicy | None:
 
 
 def _keras_parses(name):
+    if name in _registered:
+        return False
     if name.startswith(_bridge.quantization_modes()):
         split = names.split_quantized(name)
         return split is None or split[0].partition("/")[0] in _bridge.quantization_modes()
-    if name in _registered:
-        return False
     try:
         return name in names.MIXED or bool(keras.backend.standardize_dtype(name))
     except ValueError:
@@ -198,7 +198,8 @@ def deserialize(config: dict, custom_objects: dict | None = None) -> keras.DType
     Raises:
         ValueError: `config` describes no policy.
     """
-    policy = keras.dtype_policies.deserialize(config, custom_objects)
+    is_config = isinstance(config, dict) and {"class_name", "config"} <= config.keys()
+    policy = keras.dtype_policies.deserialize(config, custom_objects) if is_config else None
     if not isinstance(policy, keras.DTypePolicy):
         raise ValueError(f"Expected the config of a dtype policy. Received: {config}. Pass what `serialize` returned.")
     return get(policy)

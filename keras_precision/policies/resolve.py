@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import keras
 
-from keras_precision import _bridge
+from keras_precision import _bridge, hardware
 from keras_precision.policies import registry
 from keras_precision.policies.policy import DTypePolicy
 from keras_precision.policies.quantized import QuantizedDTypePolicy
@@ -19,12 +19,19 @@ def resolve(layer: keras.Layer) -> keras.DTypePolicy:
     returns the attached policy's output dtype. It is right before the layer
     is built too.
 
+    Raises:
+        ValueError: it is float64, and JAX has no float64 now.
+
     Example:
-        >>> pool = keras.layers.AveragePooling2D(dtype="mixed_float16")
+        >>> pool = keras.layers.AveragePooling2D(2, dtype="mixed_float16")
         >>> resolve(pool)
         <DTypePolicy "params=float32,compute=float32,output=float16">
     """
     policy = attached(layer)
+    if "float64" in (policy.compute_dtype, policy.variable_dtype):
+        # Here, because stock code asks for the dtype before it casts an input or makes a variable: JAX without x64
+        # would make both float32 and go on saying float64 (D23).
+        hardware.check_dtypes(("float64",), _bridge.layer_path(layer))
     if policy.compute_dtype == "float16" and is_safe(type(layer)):
         return _computed_in_float32(registry.output_dtype(policy))
     return policy

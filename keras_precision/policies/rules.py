@@ -11,6 +11,9 @@ import keras
 _REGEX_MARKS = re.compile(r"[\\^$+(){}|\[\]]|\.[*+?]")
 # As a regex each of these is an error or matches nothing that a path contains, so they can only be globs.
 _GLOB_MARKS = re.compile(r"/\*|\*\*|^\*")
+_GLOB_PART = re.compile(r"(?P<wildcard>\*\*/|\*\*|\*|\?)|\[(?P<negated>!?)(?P<members>[^]]+)\]|.", re.DOTALL)
+_WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+_NO_FLAGS = re.compile("").flags
 _PREFIXES = ("path", "glob", "regex", "class", "predicate")
 
 
@@ -77,12 +80,17 @@ def kind_and_text(key: str) -> tuple[str, str]:
 
 
 def glob_to_regex(glob: str) -> str:
-    """Returns the regex of a glob: `*` and `?` stay within one path component, `**` crosses them."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]*\])", glob)
-    wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "".join(
-        wildcards[part] if part in wildcards else part if part.startswith("[") else re.escape(part) for part in parts
-    )
+    """Returns the regex of a glob: `**` crosses path components, `*`, `?`, `[ab]` and `[!ab]` stay within one."""
+    return _GLOB_PART.sub(_part_to_regex, glob)
+
+
+def _part_to_regex(part):
+    if part["wildcard"]:
+        return _WILDCARDS[part["wildcard"]]
+    if part["members"]:
+        members = re.escape(part["members"]).replace(r"\-", "-")
+        return f"(?!/)[{'^' if part['negated'] else ''}{members}]"
+    return re.escape(part[0])
 
 
 class Matcher:
@@ -107,7 +115,7 @@ class Matcher:
         self._classes: dict[str, int] = {}
         self._predicates: list[tuple[int, Callable]] = []
         self._found_by_path: dict[str, int] = {}
-        sources = []
+        patterns: list[tuple[int, re.Pattern]] = []
         for index, key in enumerate(self._keys):
             kind, text = kind_and_text(key)
             if kind == "path":
@@ -117,8 +125,12 @@ class Matcher:
             elif kind == "predicate":
                 self._predicates.append((index, predicates[key]))
             else:
-                sources.append((index, key, glob_to_regex(text) if kind == "glob" else text))
-        self._regexes = list(_combined(sources))
+                patterns.append((index, _compiled(key, kind, text)))
+        # Groups would shift the alternation's numbers, and inline flags would reach the other keys.
+        plain = [(i, pattern) for i, pattern in patterns if not pattern.groups and pattern.flags == _NO_FLAGS]
+        self._alone = [(i, pattern) for i, pattern in patterns if pattern.groups or pattern.flags != _NO_FLAGS]
+        self._together = re.compile("|".join(f"((?:.*/)?(?:{pattern.pattern}))" for _, pattern in plain))
+        self._together_indices = [i for i, _ in plain]
 
     def find(self, path: str, layer: keras.Layer | None = None) -> str | None:
         """Returns the key that decides for a path (and the layer there), or None.
@@ -148,16 +160,17 @@ class Matcher:
 
     def _find_path(self, path, last):
         best = last
-        start = 0
-        while start >= 0:
+        starts = [0, *(slash.end() for slash in re.finditer("/", path))]
+        for start in starts:
             best = min(best, self._paths.get(path[start:], last))
-            start = path.find("/", start) + 1 or -1
-        for regex, indices in self._regexes:
-            if indices[0] > best:
-                continue
-            match = regex.fullmatch(path)
-            if match:
-                best = min(best, indices[match.lastindex - 1] if len(indices) > 1 else indices[0])
+        match = self._together.fullmatch(path) if self._together_indices else None
+        if match:
+            best = min(best, self._together_indices[match.lastindex - 1])
+        for index, pattern in self._alone:
+            if index > best:
+                break
+            if any(pattern.fullmatch(path, start) for start in starts):
+                best = index
         return best
 
 
@@ -169,24 +182,9 @@ def _holds(predicate, layer, path):
         raise
 
 
-def _combined(sources):
-    """Compiles (index, key, source) triples, plain ones into one alternation; yields (regex, indices)."""
-    plain = []
-    for index, key, source in sources:
-        anchored = f"(?:.*/)?(?:{source})"
-        try:
-            compiled = re.compile(source)
-            if compiled.groups or compiled.flags != re.compile("").flags:
-                # Groups would shift the alternation's numbers, and inline flags would reach the other keys.
-                flags = compiled.flags
-                body = re.sub(r"^\(\?[a-zA-Z]+\)", "", source)
-                yield re.compile(f"(?:.*/)?(?:{body})", flags), [index]
-            else:
-                plain.append((index, f"({anchored})"))
-        except re.error as e:
-            raise ValueError(
-                f"Expected a valid regex in the policy map's key '{key}'. Received: {e}. "
-                f"Write 'glob:{key}' if it is a glob."
-            ) from e
-    if plain:
-        yield re.compile("|".join(source for _, source in plain)), [index for index, _ in plain]
+def _compiled(key, kind, text):
+    try:
+        return re.compile(glob_to_regex(text) if kind == "glob" else text)
+    except re.error as e:
+        hint = "Mend the brackets." if kind == "glob" else f"Write 'glob:{text}' if it is a glob."
+        raise ValueError(f"Expected a valid {kind} in the policy map's key '{key}'. Received: {e}. {hint}") from e
