@@ -6,6 +6,7 @@ import os
 import sys
 
 BACKENDS = ("jax", "tensorflow")
+_KERAS_BACKENDS = (*BACKENDS, "torch", "numpy", "openvino")
 # The modules whose absence means "this backend is not installed", rather than a defect.
 _BACKEND_MODULES = ("jax", "jaxlib", "tensorflow", "torch")
 
@@ -15,6 +16,9 @@ def main() -> None:
     requested = requested_backend(sys.argv[1:])
     if requested in BACKENDS:
         os.environ["KERAS_BACKEND"] = requested
+    chosen = os.environ.get("KERAS_BACKEND")
+    if chosen and chosen not in _KERAS_BACKENDS:
+        sys.exit(_bad_input(f"Expected KERAS_BACKEND to be one of {_KERAS_BACKENDS}. Received: {chosen!r}."))
     # TensorFlow writes start-up notices of its C++ libraries to stderr; errors still come through.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -22,9 +26,14 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in _BACKEND_MODULES:
             raise
-        chosen = os.environ.get("KERAS_BACKEND")
         source = f"KERAS_BACKEND={chosen}" if chosen else "no KERAS_BACKEND, so Keras's default"
-        sys.exit(_bad_input(f"Expected an installed Keras backend. Received: {source}, which needs {error.name!r}."))
+        extras = " or ".join(f"'keras-precision[{backend}]'" for backend in BACKENDS)
+        sys.exit(
+            _bad_input(
+                f"Expected an installed Keras backend. Received: {source}, which needs {error.name!r}. "
+                f"Run pip install {extras}, or pass --backend with one that is installed."
+            )
+        )
     command_line(prog_name="keras-precision")
 
 
@@ -48,8 +57,7 @@ def requested_backend(arguments: list[str]) -> str | None:
 
 
 def _bad_input(message: str) -> int:
-    backends = " or ".join(f"'keras-precision[{backend}]'" for backend in BACKENDS)
-    print(f"Error: {message} Run pip install {backends}, or choose the other with --backend.", file=sys.stderr)
+    print(f"Error: {message}", file=sys.stderr)
     return 2
 
 
