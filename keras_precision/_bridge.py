@@ -4,8 +4,7 @@ import copy
 import functools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras.src import api_export, dtype_policies
@@ -22,29 +21,18 @@ from keras.src.trainers.trainer import Trainer
 from keras_precision.hooks import Hooks
 
 
-@dataclass(frozen=True)
-class PatchPoint:
-    """One place where stock Keras is made to ask us.
-
-    Attributes:
-        target: what is replaced.
-        reason: what that does.
-        removable: what change in Keras would make it unnecessary.
-    """
+class PatchPoint(NamedTuple):
+    """A place where stock Keras is made to ask us, what that does, and what change in Keras would remove it."""
 
     target: str
     reason: str
     removable: str
 
 
-CHECKED_VERSIONS = ("3.15.1",)
+CHECKED_VERSIONS = ("3.14.0", "3.15.1")
 
 PATCH_POINTS = (
-    PatchPoint(
-        "dtype_policies.get",
-        "a layer's dtype= takes every name of our grammar",
-        "a public registry of policy names",
-    ),
+    PatchPoint("dtype_policies.get", "dtype= takes every name of our grammar", "a public registry of policy names"),
     PatchPoint(
         "config.set_dtype_policy and the store of config.dtype_policy",
         "the global policy takes our names, is one for all threads, and outlives clear_session (D21)",
@@ -61,21 +49,13 @@ PATCH_POINTS = (
         "a built layer is checked against the device and made to cast its outputs and losses",
         "a public post-build hook",
     ),
-    PatchPoint(
-        "Layer.add_loss",
-        "auxiliary losses are float32, so that they add up with the main loss (D18)",
-        "add_loss casting to floatx",
-    ),
+    PatchPoint("Layer.add_loss", "auxiliary losses are float32 like the main one (D18)", "add_loss casting to floatx"),
     PatchPoint(
         "Layer.get_config, serialization_lib.deserialize_keras_object",
         "files hold the policies that layers resolved to, sublayers of custom layers included (D11, D13)",
         "configs holding the resolved policy",
     ),
-    PatchPoint(
-        "DTypePolicyMap.get_config of Keras's own map",
-        "does not overwrite the names of live policies (D12)",
-        "the same mended upstream",
-    ),
+    PatchPoint("Keras's DTypePolicyMap.get_config", "does not rename live policies (D12)", "the same mended upstream"),
     PatchPoint(
         "function losses, CompileMetrics.update_state, Loss.__init__, Metric.__init__",
         "losses and metrics compute and accumulate in float32 (D24)",
@@ -395,3 +375,19 @@ def trainers(model: Layer) -> Iterator[keras.Model]:
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
     """Returns the arguments of a model's last `compile`, as the live objects."""
     return dict(model._compile_config.config)
+
+
+def stand_in(variable: keras.Variable, dtype: str) -> keras.Variable:
+    """Returns a variable that an optimizer takes for `variable`, in another dtype, its value not set yet.
+
+    It has the same name, path, constraint and layout, so that slots are named and sharded alike.
+    """
+    twin = keras.Variable("zeros", shape=variable.shape, dtype=dtype, name=variable.name, layout=variable._layout)
+    twin._path = variable.path
+    twin.constraint = variable.constraint
+    return twin
+
+
+def release(variable: keras.Variable) -> None:
+    """Frees a variable's array until the next assignment; only where arrays are values, not on TensorFlow."""
+    variable._value, variable._initializer = None, keras.initializers.Zeros()

@@ -41,9 +41,6 @@ IN_PLACE = {
     "dtype_policies/dtype_policy_test.py::DTypePolicyGlobalFunctionsTest::test_get_invalid_policy_quantized": (
         "wording: 'int8_abc_' is a ValueError with us too, which suggests the nearest name"
     ),
-    "dtype_policies/dtype_policy_test.py::DTypePolicyGlobalFunctionsTest::test_set_dtype_policy_invalid": (
-        "wording: 12345 is a ValueError with us too; it is the one of `get`, since precisions may be integers (16, 32)"
-    ),
     "dtype_policies/dtype_policy_map_test.py::DTypePolicyMapTest::test_basic_usage": (
         "compares our int8 policy with the one that Keras's `Model.quantize` attaches: it selects Keras's "
         "implementation, so the two are not equal"

@@ -105,8 +105,9 @@ def _keras_parses(name):
     if name in _registered:
         return False
     if name.startswith(_bridge.quantization_modes()):
-        split = names.split_quantized(name)
-        return split is None or split[0].partition("/")[0] in _bridge.quantization_modes()
+        # Without a source Keras's message fits; with one, a mode that Keras lacks is ours or a typo of ours.
+        mode, separator, _ = name.partition("_from_")
+        return not separator or mode.partition("/")[0] in _bridge.quantization_modes()
     try:
         return name in names.MIXED or bool(keras.backend.standardize_dtype(name))
     except ValueError:
@@ -114,7 +115,7 @@ def _keras_parses(name):
 
 
 def register_policy(name: str, policy) -> keras.DTypePolicy:
-    """Makes `name` stand for `policy` everywhere a policy's name is taken.
+    """Makes `name` stand for `policy` in `dtype=`, `get`, maps, scopes and `set_policy`.
 
     Files hold the policy itself, never the registered name, so they load
     without the registration.

@@ -1,7 +1,9 @@
 """Keys of a policy map: which layers a key stands for, and in which order keys win."""
 
 import inspect
+import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 
 import keras
@@ -13,7 +15,13 @@ _REGEX_MARKS = re.compile(r"[\\^$+(){}|\[\]]|\.[*+?]")
 _GLOB_MARKS = re.compile(r"/\*|\*\*|^\*")
 _GLOB_PART = re.compile(r"(?P<wildcard>\*\*/|\*\*|\*|\?)|\[(?P<negated>!?)(?P<members>[^]]+)\]|.", re.DOTALL)
 _WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-_NO_FLAGS = re.compile("").flags
+# The parts of a simple regex: a literal, or what stands for other texts, which a literal before a quantifier, a set, and a
+# group without groups and sets inside do. Flags, look-arounds and a `|` outside groups are no such part.
+_REGEX_PART = re.compile(
+    r"(?P<literal>[\w/ -]|\\[^\w\s])(?![*+?{])"
+    r"|[\w/ .^$-]|\\[^\w\s]|\\[bBdDsSwW]|[*+?]|\{[\d,]*\}"
+    r"|\[\^?[^][\\]+\]|\((?:\?:|(?!\?))(?:[^()[\]\\]|\\[dDsSwW])*\)"
+)
 _PREFIXES = ("path", "glob", "regex", "class", "predicate")
 
 
@@ -101,8 +109,9 @@ class Matcher:
     `dense` finds a layer by its name and `attention/query` still finds it
     when the model was wrapped in another one.
 
-    Paths are one dictionary look-up and all regexes one alternation, so that
-    a look-up costs about the same for 2 keys and for 200.
+    Paths are a dictionary look-up. A regex is tried only where the path holds
+    a text that each of its matches holds, the rarest one among the keys,
+    since `in` takes 0.03 us and a regex that fails 1 us.
 
     Args:
         keys: str, canonical keys in order.
@@ -126,11 +135,10 @@ class Matcher:
                 self._predicates.append((index, predicates[key]))
             else:
                 patterns.append((index, _compiled(key, kind, text)))
-        # Groups would shift the alternation's numbers, and inline flags would reach the other keys.
-        plain = [(i, pattern) for i, pattern in patterns if not pattern.groups and pattern.flags == _NO_FLAGS]
-        self._alone = [(i, pattern) for i, pattern in patterns if pattern.groups or pattern.flags != _NO_FLAGS]
-        self._together = re.compile("|".join(f"((?:.*/)?(?:{pattern.pattern}))" for _, pattern in plain))
-        self._together_indices = [i for i, _ in plain]
+        required = [_required_texts(pattern.pattern) for _, pattern in patterns]
+        shared = Counter(itertools.chain(*required))
+        rarest = [min(texts, key=lambda text: (shared[text], -len(text)), default="") for texts in required]
+        self._patterns = [(index, text, pattern) for (index, pattern), text in zip(patterns, rarest, strict=True)]
 
     def find(self, path: str, layer: keras.Layer | None = None) -> str | None:
         """Returns the key that decides for a path (and the layer there), or None.
@@ -159,18 +167,13 @@ class Matcher:
         return self._keys[best] if best < last else None
 
     def _find_path(self, path, last):
-        best = last
         starts = [0, *(slash.end() for slash in re.finditer("/", path))]
-        for start in starts:
-            best = min(best, self._paths.get(path[start:], last))
-        match = self._together.fullmatch(path) if self._together_indices else None
-        if match:
-            best = min(best, self._together_indices[match.lastindex - 1])
-        for index, pattern in self._alone:
+        best = min(self._paths.get(path[start:], last) for start in starts)
+        for index, text, pattern in self._patterns:
             if index > best:
                 break
-            if any(pattern.fullmatch(path, start) for start in starts):
-                best = index
+            if text in path and any(map(pattern.fullmatch, itertools.repeat(path), starts)):
+                return index
         return best
 
 
@@ -188,3 +191,11 @@ def _compiled(key, kind, text):
     except re.error as e:
         hint = "Mend the brackets." if kind == "glob" else f"Write 'glob:{text}' if it is a glob."
         raise ValueError(f"Expected a valid {kind} in the policy map's key '{key}'. Received: {e}. {hint}") from e
+
+
+def _required_texts(regex: str) -> list[str]:
+    """Returns texts that each match of a regex holds; none where a simple look does not tell."""
+    parts = list(_REGEX_PART.finditer(regex))
+    if "".join(part[0] for part in parts) != regex:
+        return []
+    return "".join((part["literal"] or "\n")[-1] for part in parts).split()

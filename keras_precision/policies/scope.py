@@ -1,7 +1,7 @@
 """The global policy: one for the process, and scopes that replace it for a while."""
 
 import contextlib
-from collections.abc import Iterator
+import inspect
 from contextvars import ContextVar
 
 import keras
@@ -11,10 +11,11 @@ from keras_precision.policies import registry
 
 
 class _Scope:
-    """The policy of one active `policy_scope`."""
+    """The policy of one active `policy_scope`, and the scope around it."""
 
-    def __init__(self, policy):
+    def __init__(self, policy, outer):
         self.policy = policy
+        self.outer = outer
 
 
 _process_policy: keras.DTypePolicy | None = None
@@ -76,13 +77,27 @@ def set_global_policy(policy) -> None:
     keras.config.set_dtype_policy(_checked(policy))
 
 
-@contextlib.contextmanager
-def _entered(policy) -> Iterator[keras.DTypePolicy]:
-    token = _active_scope.set(_Scope(policy))
-    try:
-        yield policy
-    finally:
-        _active_scope.reset(token)
+class _PolicyScope(contextlib.ContextDecorator):
+    """Context manager and decorator that keeps nothing of its own, so that one object can be used again and nested."""
+
+    def __init__(self, policy):
+        self._policy = policy
+
+    def __enter__(self):
+        _active_scope.set(_Scope(self._policy, _active_scope.get()))
+        return self._policy
+
+    def __exit__(self, *exception):
+        _active_scope.set(_active_scope.get().outer)
+
+    def __call__(self, function):
+        runs_later = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+        if any(check(function) for check in runs_later):
+            raise TypeError(
+                f"Expected a plain function to decorate. Received: {function!r}, whose body runs after the decorator has "
+                "left the scope. Write `with policy_scope(...):` inside it."
+            )
+        return super().__call__(function)
 
 
 def policy_scope(policy) -> contextlib.AbstractContextManager:
@@ -99,6 +114,7 @@ def policy_scope(policy) -> contextlib.AbstractContextManager:
         functions.
 
     Raises:
+        TypeError: it decorates a generator or a coroutine.
         ValueError: unknown name, or the device can't compute in it; raised
             here, not when the scope is entered.
 
@@ -108,7 +124,7 @@ def policy_scope(policy) -> contextlib.AbstractContextManager:
         >>> layer.compute_dtype
         'bfloat16'
     """
-    return _entered(_checked(policy))
+    return _PolicyScope(_checked(policy))
 
 
 def _checked(policy):
@@ -116,7 +132,10 @@ def _checked(policy):
         raise ValueError(
             "Invalid `policy` argument. Expected a policy or its name, such as 'mixed_bfloat16'. Received: policy=None."
         )
-    policy = registry.get(policy)
+    try:
+        policy = registry.get(policy)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"Invalid `policy` argument. {e}") from e
     for used in registry.policies_of(policy):
         hardware.check_dtypes((used.compute_dtype, used.variable_dtype, registry.output_dtype(used)))
     return policy
