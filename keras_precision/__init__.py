@@ -1,6 +1,6 @@
 """Precision for Keras: one policy decides which dtype stores, computes and returns each tensor."""
 
-from keras_precision import _bridge, dtypes, hardware
+from keras_precision import _bridge, _bridge_optimizers, dtypes, hardware, optimizers, scaling
 from keras_precision.dtypes import safe_mask_value
 from keras_precision.install import hooks
 from keras_precision.layers import set_policy
@@ -25,6 +25,7 @@ from keras_precision.policies import (
 from keras_precision.report.summary import summary
 
 _bridge.install(hooks)
+_bridge_optimizers.install()
 
 # Keras's names for the same.
 dtype_policy = global_policy
@@ -46,11 +47,13 @@ __all__ = [
     "global_policy",
     "hardware",
     "list_policies",
+    "optimizers",
     "policy_scope",
     "register_policy",
     "register_safe_layer",
     "resolve",
     "safe_mask_value",
+    "scaling",
     "serialize",
     "set_dtype_policy",
     "set_global_policy",

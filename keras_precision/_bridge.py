@@ -61,7 +61,7 @@ PATCH_POINTS = (
         "losses and metrics compute and accumulate in float32 (D24)",
         "losses and metrics casting to their dtype before they compute",
     ),
-    PatchPoint("Trainer.compile (public)", "rules of a map that matched no layer are reported (D13)", "none"),
+    PatchPoint("Trainer.compile (public)", "reports unmatched rules (D13); wraps optimizers (D1, D2, D9)", "none"),
     PatchPoint(
         "the registry of public names",
         "our float policies and specialised layers are saved under Keras's own class names",
@@ -238,9 +238,12 @@ def _install_compile(hooks):
     stock_compile = Trainer.compile
 
     @functools.wraps(stock_compile)
-    def compile(self, *args, **kwargs):
-        hooks.before_compile(self)
-        return stock_compile(self, *args, **kwargs)
+    def compile(self, optimizer="rmsprop", *args, auto_scale_loss=True, **kwargs):
+        given = keras.optimizers.get(optimizer)
+        optimizer, auto_scale_loss = hooks.before_compile(self, given, auto_scale_loss)
+        stock_compile(self, optimizer, *args, auto_scale_loss=auto_scale_loss, **kwargs)
+        # As Keras does with its own wrapper: the file names what the user gave, and loading wraps it again.
+        self._compile_config.config["optimizer"] = given
 
     Trainer.compile = compile
 

@@ -23,7 +23,7 @@ class Hooks:
         loading: (config) -> (config to load, context, function of the object).
         in_float32: wraps a function so that it computes 16-bit arguments in float32.
         compute_in_float32: called with each loss and metric made.
-        before_compile: called with a model about to compile.
+        before_compile: (model, optimizer, auto_scale_loss) -> what of the last two to compile with.
     """
 
     policy_for: Callable[[Any], keras.DTypePolicy | None]
@@ -36,4 +36,4 @@ class Hooks:
     loading: Callable[[Any], tuple[Any, AbstractContextManager, Callable[[Any], None]]]
     in_float32: Callable[[Callable], Callable]
     compute_in_float32: Callable[[keras.Loss | keras.Metric], None]
-    before_compile: Callable[[keras.Model], None]
+    before_compile: Callable[[keras.Model, Any, bool], tuple[Any, bool]]

@@ -5,8 +5,15 @@ from keras_precision.layers.after_build import after_build
 from keras_precision.layers.convert import report_unmatched_of
 from keras_precision.layers.float32_inside import compute_in_float32, in_float32
 from keras_precision.layers.saving import loading, saved_dtype
+from keras_precision.optimizers.attach import wrapped_for
 from keras_precision.policies import registry, resolve, scope
 from keras_precision.policies.resolve import keras_quantization_mode
+
+
+def _before_compile(model, optimizer, auto_scale_loss):
+    report_unmatched_of(model)
+    return wrapped_for(model, optimizer, auto_scale_loss)
+
 
 hooks = Hooks(
     policy_for=registry.for_keras,
@@ -19,5 +26,5 @@ hooks = Hooks(
     loading=loading,
     in_float32=in_float32,
     compute_in_float32=compute_in_float32,
-    before_compile=report_unmatched_of,
+    before_compile=_before_compile,
 )

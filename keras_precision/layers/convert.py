@@ -122,8 +122,10 @@ def _carry_state(old, model):
     """Copies an optimizer's variables into the model's new one, cast to the new dtypes."""
     new = model.optimizer
     new.build(model.trainable_variables)
-    old = getattr(old, "inner_optimizer", old)
-    new = getattr(new, "inner_optimizer", new)
+    while hasattr(new, "inner_optimizer"):
+        new = new.inner_optimizer
+    while hasattr(old, "inner_optimizer"):
+        old = old.inner_optimizer
     for source, target in zip(old.variables, new.variables, strict=True):
         target.assign(keras.ops.cast(source.value, target.dtype))
 

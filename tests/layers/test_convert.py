@@ -141,9 +141,7 @@ def test_compiled_model_keeps_training_with_its_optimizer_state(policy):
     assert int(model.optimizer.iterations) == steps
     kept = [v for v in model.optimizer.variables if "momentum" in v.path]
     for old, new in zip(momentum, kept, strict=True):
-        assert new.dtype == kp.get(policy).variable_dtype
-        rounded = ops.convert_to_numpy(ops.cast(ops.cast(old, new.dtype), "float32"))
-        np.testing.assert_array_equal(ops.convert_to_numpy(ops.cast(new.value, "float32")), rounded)
+        np.testing.assert_array_equal(ops.convert_to_numpy(new.value), old)  # slots are float32 under every policy
     history = model.fit(X, y, epochs=3, verbose=0).history
     assert np.isfinite(history["loss"]).all() and "mae" in history
     assert int(model.optimizer.iterations) == steps + 3
