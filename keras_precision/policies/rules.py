@@ -15,8 +15,8 @@ _REGEX_MARKS = re.compile(r"[\\^$+(){}|\[\]]|\.[*+?]")
 _GLOB_MARKS = re.compile(r"/\*|\*\*|^\*")
 _GLOB_PART = re.compile(r"(?P<wildcard>\*\*/|\*\*|\*|\?)|\[(?P<negated>!?)(?P<members>[^]]+)\]|.", re.DOTALL)
 _WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-# The parts of a simple regex: a literal, or what stands for other texts, which a literal before a quantifier, a set, and a
-# group without groups and sets inside do. Flags, look-arounds and a `|` outside groups are no such part.
+# The parts of a simple regex: a literal, or what stands for other texts, which a literal before a quantifier, a set,
+# and a group without groups and sets inside do. Flags, look-arounds and a `|` outside groups are no such part.
 _REGEX_PART = re.compile(
     r"(?P<literal>[\w/ -]|\\[^\w\s])(?![*+?{])"
     r"|[\w/ .^$-]|\\[^\w\s]|\\[bBdDsSwW]|[*+?]|\{[\d,]*\}"
