@@ -1,11 +1,11 @@
 """What the bridge asks of the rest of the package."""
 
+from keras_precision.attach import wrapped_for
 from keras_precision.hooks import Hooks
 from keras_precision.layers.after_build import after_build
 from keras_precision.layers.convert import report_unmatched_of
 from keras_precision.layers.float32_inside import compute_in_float32, in_float32
 from keras_precision.layers.saving import loading, saved_dtype
-from keras_precision.optimizers.attach import wrapped_for
 from keras_precision.policies import registry, resolve, scope
 from keras_precision.policies.resolve import keras_quantization_mode
 

@@ -20,6 +20,7 @@ LAYERS = (
     ("cli",),
     ("__init__",),
     ("install",),
+    ("attach",),
     ("search",),
     ("report",),
     ("layers", "optimizers", "scaling", "autocast"),
@@ -27,14 +28,14 @@ LAYERS = (
     ("formats",),
     ("kernels",),
     ("hardware", "rounding"),
-    ("dtypes", "_bridge", "rich_text"),
+    ("dtypes", "_bridge", "_bridge_optimizers", "rich_text"),
     ("hooks",),
 )
 RANKS = {unit: rank for rank, row in enumerate(LAYERS) for unit in row}
 
 # Formats may be named where they are, and in the table of what devices do with dtypes, some of which are formats.
 NAMES_FORMATS = ("formats/*", "hardware/cells.py")
-BRIDGE = "_bridge.py"
+BRIDGES = ("_bridge.py", "_bridge_optimizers.py")
 # Public in spite of the underscore: Keras documents the first, the standard library those of named tuples. All others
 # are Keras's, unless a module of ours other than the bridge defines them.
 DOCUMENTED = {"_keras_mask", "_asdict", "_fields", "_make", "_replace"}
@@ -109,7 +110,7 @@ def is_private(name):
 
 
 OURS = {
-    name for path, tree in TREES.items() if relative(path) != BRIDGE for name in private_names(tree) if is_private(name)
+    name for path, tree in TREES.items() if relative(path) not in BRIDGES for name in private_names(tree) if is_private(name)
 }
 
 
@@ -174,7 +175,7 @@ def test_formats_are_not_named(path):
     assert not found, f"{relative(path)} names formats: {found}. Ask the registry for what the format can do."
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if relative(p) != BRIDGE], ids=relative)
+@pytest.mark.parametrize("path", [p for p in MODULES if relative(p) not in BRIDGES], ids=relative)
 def test_only_the_bridge_touches_what_keras_does_not_document(path):
     assert not list(keras_internals(TREES[path])), f"{relative(path)} uses keras.src; go through _bridge"
     found = list(foreign_private_attributes(TREES[path]))

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from keras_precision import hardware
 from keras_precision.cli import digits, main
+from keras_precision import attach
 from keras_precision.cli.demo import FIGURE_NAME, _notes
-from keras_precision.optimizers import attach
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,5 +7,15 @@ from keras_precision.scaling.loss_scale import (
     StaticLossScale,
     found_inf,
 )
+from keras_precision.scaling.monitor import LossScaleMonitor
+from keras_precision.scaling.optimizer import LossScaleOptimizer
 
-__all__ = ["DynamicLossScale", "LossScaleState", "NoLossScale", "StaticLossScale", "found_inf"]
+__all__ = [
+    "DynamicLossScale",
+    "LossScaleMonitor",
+    "LossScaleOptimizer",
+    "LossScaleState",
+    "NoLossScale",
+    "StaticLossScale",
+    "found_inf",
+]

@@ -1,28 +1,12 @@
 """Which wrappers `model.compile` puts around an optimizer."""
 
-import weakref
-
 import keras
 
 from keras_precision import _bridge
+from keras_precision.optimizers.as_given import is_as_given
 from keras_precision.optimizers.low_precision import HALF_DTYPES, LowPrecision
 from keras_precision.policies.resolve import resolve
-
-_as_given: weakref.WeakSet = weakref.WeakSet()
-
-
-def as_given(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """Returns the optimizer, which `compile` will now not wrap in `LowPrecision`.
-
-    Example:
-        >>> optimizer = as_given(keras.optimizers.SGD(0.1))
-        >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, dtype="bfloat16")])
-        >>> model.compile(optimizer, "mse")
-        >>> model.optimizer is optimizer
-        True
-    """
-    _as_given.add(optimizer)
-    return optimizer
+from keras_precision.scaling.optimizer import LossScaleOptimizer
 
 
 def wrapped_for(model: keras.Model, optimizer, auto_scale_loss: bool):
@@ -30,7 +14,8 @@ def wrapped_for(model: keras.Model, optimizer, auto_scale_loss: bool):
 
     - Weights in bfloat16 or float16: `LowPrecision`.
     - Layers that compute in float16: loss scaling, unless `auto_scale_loss` is
-      False. It is decided by the layers, not by the model's own policy (D9).
+      False or the optimizer has a `loss_scale_factor`. It is decided by the
+      layers, not by the model's own policy (D9).
 
     Args:
         model: the model, built or not.
@@ -43,8 +28,9 @@ def wrapped_for(model: keras.Model, optimizer, auto_scale_loss: bool):
     if any(policy.variable_dtype in HALF_DTYPES for policy in policies):
         optimizer = _in_low_precision(optimizer)
     is_float16 = any(policy.compute_dtype == "float16" for policy in policies)
-    if is_float16 and auto_scale_loss and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
+    is_scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor is not None
+    if is_float16 and auto_scale_loss and not is_scaled:
+        optimizer = LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
     return optimizer, False
 
 
@@ -55,7 +41,7 @@ def _policies_of(model):
 
 
 def _in_low_precision(optimizer):
-    if isinstance(optimizer, LowPrecision) or optimizer in _as_given:
+    if isinstance(optimizer, LowPrecision) or is_as_given(optimizer):
         return optimizer
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         if not optimizer.built:
