@@ -62,7 +62,7 @@ PATCH_POINTS = (
         "losses and metrics casting to their dtype before they compute",
     ),
     PatchPoint("Trainer.compile (public)", "reports unmatched rules (D13); wraps optimizers (D1, D2, D9)", "none"),
-    PatchPoint("_bridge_optimizers: BaseOptimizer", "schedules count updates, not micro-steps (D25)", "the same upstream"),
+    PatchPoint("_bridge_optimizers: BaseOptimizer", "schedules count updates, not micro-steps (D25)", "as above"),
     PatchPoint(
         "the registry of public names",
         "our float policies and specialised layers are saved under Keras's own class names",
