@@ -3,8 +3,9 @@
 import keras
 
 from keras_precision import _bridge
+from keras_precision.dtypes import HALF_DTYPES
 from keras_precision.optimizers.as_given import is_as_given
-from keras_precision.optimizers.low_precision import HALF_DTYPES, LowPrecision
+from keras_precision.optimizers.low_precision import LowPrecision
 from keras_precision.policies.resolve import resolve
 from keras_precision.scaling.optimizer import LossScaleOptimizer
 

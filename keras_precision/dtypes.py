@@ -102,6 +102,9 @@ _INFOS = (
 
 DTYPES: dict[str, DTypeInfo] = {one.name: one for one in _INFOS}
 
+# The 16-bit dtypes that weights and activations are kept in.
+HALF_DTYPES = ("float16", "bfloat16")
+
 _NUMBER = re.compile(r"(?:u?int(?:2|4|8|16|32|64)|complex(?:64|128))")
 _WITHOUT_RANGE = ("bool", "string")
 

@@ -5,7 +5,8 @@ import functools
 import keras
 
 from keras_precision import _bridge, hardware
-from keras_precision.layers.float32_inside import HALF_DTYPES, ComputesInFloat32, in_float32
+from keras_precision.dtypes import HALF_DTYPES
+from keras_precision.layers.float32_inside import ComputesInFloat32, in_float32
 from keras_precision.policies import registry
 from keras_precision.policies.policy_map import DTypePolicyMap
 from keras_precision.policies.quantized import QuantizedDTypePolicy

@@ -4,7 +4,7 @@ import warnings
 
 import keras
 
-from keras_precision import _bridge, hardware
+from keras_precision import _bridge, _bridge_optimizers, hardware
 from keras_precision.layers.after_build import after_build
 from keras_precision.policies import registry
 from keras_precision.policies.policy_map import DTypePolicyMap
@@ -120,12 +120,8 @@ def _compile_again(model):
 
 def _carry_state(old, model):
     """Copies an optimizer's variables into the model's new one, cast to the new dtypes."""
-    new = model.optimizer
-    new.build(model.trainable_variables)
-    while hasattr(new, "inner_optimizer"):
-        new = new.inner_optimizer
-    while hasattr(old, "inner_optimizer"):
-        old = old.inner_optimizer
+    model.optimizer.build(model.trainable_variables)
+    old, new = _bridge_optimizers.innermost(old), _bridge_optimizers.innermost(model.optimizer)
     for source, target in zip(old.variables, new.variables, strict=True):
         target.assign(keras.ops.cast(source.value, target.dtype))
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 import keras
 
 from keras_precision import _bridge
-
-HALF_DTYPES = ("float16", "bfloat16")
+from keras_precision.dtypes import HALF_DTYPES
 
 
 def to_float32(value):

@@ -6,11 +6,11 @@ import keras
 from keras import ops
 
 from keras_precision import _bridge, rounding
+from keras_precision.dtypes import HALF_DTYPES
 from keras_precision.optimizers.delegation import DelegatesSettings
 
 Rounding = Literal["stochastic", "nearest", "kahan"]
 ROUNDINGS = ("stochastic", "nearest", "kahan")
-HALF_DTYPES = ("float16", "bfloat16")
 
 
 @keras.saving.register_keras_serializable(package="keras_precision")

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-HALF_DTYPES = ("float16", "bfloat16")
+from keras_precision.dtypes import HALF_DTYPES
 
 
 def has_inf(gradient):
