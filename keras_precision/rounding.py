@@ -4,6 +4,8 @@ import keras
 import ml_dtypes
 from keras import ops
 
+from keras_precision.dtypes import HALF_DTYPES
+
 
 def nearest(x, dtype: str):
     """Returns `x` rounded to the nearest value of `dtype`, ties to even.
@@ -78,41 +80,86 @@ def stochastic(x, dtype: str, bits):
         >>> abs(float(ops.mean(draws)) - (1 + 2**-9)) < 2e-4
         True
     """
-    if dtype not in _ROUND:
-        raise ValueError(f"Expected dtype in {tuple(_ROUND)}. Received: dtype='{dtype}'. Round to nearest instead.")
+    _require_16_bits(dtype)
     pattern = ops.view(x, dtype="uint32")
     magnitude = ops.bitwise_and(pattern, _uint32(0x7FFFFFFF))
-    rounded = ops.minimum(_ROUND[dtype](magnitude, bits), float(ml_dtypes.finfo(dtype).max))
-    rounded = ops.where(ops.less(x, 0), -rounded, rounded)
-    # Zeros keep their sign, and what is not finite passes.
-    return ops.cast(ops.where(ops.logical_and(ops.isfinite(x), ops.not_equal(x, 0)), rounded, x), dtype)
+    step = _step(magnitude, dtype)
+    # Noise below the last kept bit, cut off again, carries with probability (x - a) / (b - a).
+    noise = ops.bitwise_and(bits, ops.subtract(step, _uint32(1)))
+    # Where there is no bit to keep, it is the least subnormal with probability x over it.
+    uniform = ops.cast(ops.cast(ops.right_shift(bits, _uint32(8)), "int32"), "float32") * 2.0**-24
+    least = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    below_least = ops.where(ops.less(uniform * least, ops.abs(x)), least, 0.0)
+    rounded = ops.minimum(_carried(magnitude, noise, step, dtype, below_least), float(ml_dtypes.finfo(dtype).max))
+    return ops.cast(_like(x, rounded), dtype)
 
 
-def _truncated_with_noise(magnitude, bits, unit):
-    """Adds noise below the last kept bit and cuts it off: that carries with probability (x - a) / (b - a)."""
-    below = ops.subtract(unit, _uint32(1))
-    noisy = ops.add(magnitude, ops.bitwise_and(bits, below))
-    return ops.view(ops.bitwise_and(noisy, ops.bitwise_invert(below)), dtype="float32")
+def on_grid(x, dtype: str):
+    """Returns `x` rounded to the nearest value of a 16-bit dtype, ties to even, in float32.
+
+    Casting down and up again would say the same and be taken away by XLA on a
+    GPU, which may compute more precisely than it is told
+    (`xla_allow_excess_precision`), and with it what rounding loses. Integer
+    arithmetic on the bits stays.
+
+    Args:
+        x: float32 tensor.
+        dtype: str, "bfloat16" or "float16".
+
+    Returns:
+        float32 tensor of x's shape; inf beyond the dtype's range.
+
+    Raises:
+        ValueError: another dtype.
+
+    Example:
+        >>> float(on_grid(ops.convert_to_tensor(1.003), "bfloat16")), float(on_grid(ops.convert_to_tensor(1e5), "float16"))
+        (1.0, inf)
+    """
+    _require_16_bits(dtype)
+    pattern = ops.view(x, dtype="uint32")
+    magnitude = ops.bitwise_and(pattern, _uint32(0x7FFFFFFF))
+    step = _step(magnitude, dtype)
+    is_odd = ops.cast(ops.not_equal(ops.bitwise_and(magnitude, step), _uint32(0)), "uint32")
+    to_even = ops.add(ops.subtract(ops.right_shift(step, _uint32(1)), _uint32(1)), is_odd)
+    least = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    below_least = ops.where(ops.greater(ops.abs(x), least / 2), least, 0.0)
+    rounded = _carried(magnitude, to_even, step, dtype, below_least)
+    rounded = ops.where(ops.greater(rounded, float(ml_dtypes.finfo(dtype).max)), float("inf"), rounded)
+    return _like(x, rounded)
 
 
-def _to_bfloat16(magnitude, bits):
-    # bfloat16 is float32's upper half, subnormals included.
-    return _truncated_with_noise(magnitude, bits, _uint32(1 << 16))
+def _require_16_bits(dtype):
+    if dtype not in HALF_DTYPES:
+        raise ValueError(f"Expected dtype in {HALF_DTYPES}. Received: dtype='{dtype}'. Round to nearest instead.")
 
 
-def _to_float16(magnitude, bits):
+def _step(magnitude, dtype):
+    """Returns how far apart neighbours in `dtype` are, as the difference of float32's bit patterns."""
+    if dtype == "bfloat16":  # float32's upper half, subnormals included
+        return _uint32(1 << 16)
     # 13 fraction bits are dropped, and one more for each power of two below float16's smallest normal number, 2**-14,
     # whose exponent field in float32 is 113.
-    exponent = ops.cast(ops.right_shift(magnitude, _uint32(23)), "int32")
-    dropped = ops.clip(13 + ops.maximum(0, 113 - exponent), 13, 23)
-    kept = _truncated_with_noise(magnitude, bits, ops.left_shift(_uint32(1), ops.cast(dropped, "uint32")))
-    # Below the smallest subnormal, 2**-24, there is no bit to keep: it is that number with probability x * 2**24.
-    uniform = ops.cast(ops.cast(ops.right_shift(bits, _uint32(8)), "int32"), "float32")
-    tiny = ops.where(ops.less(uniform * 2.0**-24, ops.view(magnitude, dtype="float32") * 2.0**24), 2.0**-24, 0.0)
-    return ops.where(ops.less(exponent, 103), tiny, kept)
+    dropped = ops.clip(13 + ops.maximum(0, 113 - _exponent(magnitude)), 13, 23)
+    return ops.left_shift(_uint32(1), ops.cast(dropped, "uint32"))
 
 
-_ROUND = {"bfloat16": _to_bfloat16, "float16": _to_float16}
+def _exponent(magnitude):
+    return ops.cast(ops.right_shift(magnitude, _uint32(23)), "int32")
+
+
+def _carried(magnitude, increment, step, dtype, below_least):
+    """Returns bit patterns plus an increment, cut off at the last bit that `dtype` keeps, as float32."""
+    kept = ops.bitwise_and(ops.add(magnitude, increment), ops.bitwise_invert(ops.subtract(step, _uint32(1))))
+    kept = ops.view(kept, dtype="float32")
+    # Below float16's least subnormal, 2**-24 with exponent field 103, there is no bit to keep.
+    return kept if dtype == "bfloat16" else ops.where(ops.less(_exponent(magnitude), 103), below_least, kept)
+
+
+def _like(x, rounded):
+    """Returns rounded magnitudes with the signs of `x`; its zeros keep theirs, and what is not finite passes."""
+    rounded = ops.where(ops.less(x, 0), -rounded, rounded)
+    return ops.where(ops.logical_and(ops.isfinite(x), ops.not_equal(x, 0)), rounded, x)
 
 
 def kahan_add(value, increment, compensation):
@@ -139,5 +186,5 @@ def kahan_add(value, increment, compensation):
     """
     dtype = keras.backend.standardize_dtype(value.dtype)
     exact = ops.cast(value, "float32") + (increment + ops.cast(compensation, "float32"))
-    rounded = ops.cast(exact, dtype)
-    return rounded, ops.cast(exact - ops.cast(rounded, "float32"), dtype)
+    rounded = on_grid(exact, dtype)
+    return ops.cast(rounded, dtype), ops.cast(exact - rounded, dtype)

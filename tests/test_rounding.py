@@ -125,3 +125,40 @@ def test_stochastic_rounding_compiles(backend):
         compiled = tf.function(function, jit_compile=True)(tf.constant(x))
     np.testing.assert_array_equal(ops.convert_to_numpy(compiled), eager)
     assert keras.backend.standardize_dtype(compiled.dtype) == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_grid_is_the_cast_to_nearest(dtype):
+    info = ml_dtypes.finfo(dtype)
+    draw = np.random.default_rng(0)
+    values = [
+        draw.standard_normal(10_000) * 10.0 ** draw.integers(-9, 5, 10_000),
+        np.asarray([info.max, info.tiny, info.smallest_subnormal], "float64"),
+        np.array([65519.9, 65520.0, 1e5, 2.0**-25, 2.0**-25 * 1.001, 1.5 * 2.0**-24, 2.5 * 2.0**-24, 3e38, np.inf, np.nan]),
+        np.float64(1) + np.arange(64) * 2.0**-10,  # ties between neighbours in both dtypes
+        [0.0, -0.0],
+    ]
+    values = np.concatenate(values).astype("float32")
+    if dtype == "bfloat16":  # float32's subnormals, which are bfloat16's, are flushed to zero on some CPUs
+        values = values[(np.abs(values) >= float(info.tiny)) | (values == 0) | np.isnan(values)]
+    values = np.concatenate([values, -values])
+    on_grid = ops.convert_to_numpy(rounding.on_grid(ops.convert_to_tensor(values), dtype))
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(on_grid, values.astype(dtype).astype("float32"))
+    np.testing.assert_array_equal(np.signbit(on_grid), np.signbit(values))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="reads JAX's program")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_rounding_loses_is_not_read_off_a_cast_that_xla_may_drop(dtype):
+    """With xla_allow_excess_precision, which GPUs use, XLA takes a cast to 16 bits and back as the identity."""
+    import jax
+
+    total, increment = np.ones(4, dtype), np.full(4, 1e-3, "float32")
+    for program in (jax.make_jaxpr(rounding.kahan_add)(total, increment, total),):
+        made_by = {outvar: eqn for eqn in program.eqns for outvar in eqn.outvars}
+        casts = [eqn for eqn in program.eqns if eqn.primitive.name == "convert_element_type"]
+        assert casts
+        for eqn in casts:
+            source = made_by.get(eqn.invars[0])
+            assert source is None or source.primitive.name != "convert_element_type"

@@ -157,7 +157,7 @@ class LowPrecision(DelegatesSettings, keras.optimizers.Optimizer):
         if self._compensations[place] is not None:
             value = value + ops.cast(self._compensations[place].value, "float32")
         if self.master_weights:
-            rounded = ops.cast(ops.cast(stand_in.value, weight.value.dtype), "float32")
+            rounded = rounding.on_grid(stand_in.value, _bridge.stored_dtype(weight))
             value = ops.where(ops.equal(rounded, value), stand_in.value, value)
         stand_in.assign(value)
 
