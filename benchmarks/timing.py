@@ -127,7 +127,7 @@ def run(
 
 def _serve(cases):
     """Answers each case's name on stdin with the seconds that one call took."""
-    _reply(list(cases))
+    reply(list(cases))
     gc.collect()
     gc.freeze()  # a collection that falls into a sample has only the sample's own objects to look at
     for line in sys.stdin:
@@ -135,22 +135,29 @@ def _serve(cases):
         arguments = case.prepare()
         start = time.perf_counter()
         case.run(*arguments)
-        _reply((time.perf_counter() - start) / case.calls)
+        reply((time.perf_counter() - start) / case.calls)
 
 
-def _reply(value):
+def reply(value: Any) -> None:
+    """Answers from inside a worker."""
     print(json.dumps(value), flush=True)
 
 
-class _Worker:
-    """A process that measures one side."""
+class Worker:
+    """A process of a benchmark that answers each line of JSON with one; the first answer comes unasked.
 
-    def __init__(self, script, side, backend):
+    Args:
+        script: path of the benchmark.
+        name: what to give its `--worker`, such as the side to measure.
+        backend: Keras's.
+    """
+
+    def __init__(self, script: str, name: str, backend: str):
         self._backend_setting = f"KERAS_BACKEND={backend}"
         environment = os.environ | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's second import finds byte code
         self._process = subprocess.Popen(
-            [sys.executable, script, "--worker", side],
+            [sys.executable, script, "--worker", name],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -162,9 +169,10 @@ class _Worker:
         return self
 
     def __exit__(self, *error):
-        self._process.communicate()
+        self._process.communicate()  # its input ends, so it does
 
-    def read(self):
+    def read(self) -> Any:
+        """Returns the next answer."""
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(
@@ -173,24 +181,29 @@ class _Worker:
             )
         return json.loads(line)
 
-    def sample(self, case):
-        self._process.stdin.write(json.dumps(case) + "\n")
+    def send(self, question: Any) -> None:
+        """Asks a question whose answer `read` will return."""
+        self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
+
+    def ask(self, question: Any) -> Any:
+        """Returns the answer to a question."""
+        self.send(question)
         return self.read()
 
 
 def _measure(script, backend, pairs, samples):
     rows: dict[str, Row] = {}
     for pair in range(pairs):
-        with _Worker(script, "keras", backend) as keras, _Worker(script, "ours", backend) as ours:
+        with Worker(script, "keras", backend) as keras, Worker(script, "ours", backend) as ours:
             names, our_names = keras.read(), ours.read()
             assert names == our_names, (names, our_names)
             for name in names:
-                taken: dict[_Worker, list[float]] = {keras: [], ours: []}
+                taken: dict[Worker, list[float]] = {keras: [], ours: []}
                 for sample in range(samples):
                     # Who goes first changes, since the second finds files and caches warm.
                     for worker in (keras, ours) if (pair + sample) % 2 else (ours, keras):
-                        taken[worker].append(worker.sample(name))
+                        taken[worker].append(worker.ask(name))
                 row = rows.setdefault(name, Row(backend, name, [], []))
                 row.keras.append(min(taken[keras]))
                 row.ours.append(min(taken[ours]))

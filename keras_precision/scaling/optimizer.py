@@ -8,7 +8,7 @@ from keras import ops
 from keras_precision import _bridge_optimizers
 from keras_precision.scaling.delegation import DelegatesSettings
 from keras_precision.scaling.grad_scaler import SpeaksGradScaler
-from keras_precision.scaling.gradients import divided, has_inf
+from keras_precision.scaling.gradients import divided, first_nonfinite
 from keras_precision.scaling.loss_scale import DynamicLossScale, LossScaleState
 from keras_precision.scaling.replicas import run_update
 from keras_precision.scaling.tracing import branch, is_concrete, is_staged
@@ -216,7 +216,9 @@ class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, keras.optimizers.L
             raise ValueError(f"Expected {len(variables)} gradients, one a weight. Received: {len(grads)}.")
         unscaled = self._usage.applying(self._require_state(), unscaled)
         present = [(g, v) for g, v in zip(grads, variables, strict=True) if g is not None]
-        flags = ops.stack([has_inf(g) for g, _ in present]) if present else ops.zeros((1,), "bool")
+        flags = ops.zeros((1,), "bool")
+        if present:
+            flags = ops.equal(ops.arange(len(present), dtype="int32"), first_nonfinite([g for g, _ in present]))
         places = [_bridge_optimizers.index_of(self, v) for _, v in present] or [-1]
         if not unscaled:
             grads = self._unscaled(grads, variables)

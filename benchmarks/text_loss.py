@@ -1,0 +1,126 @@
+"""Validation loss of a character-level transformer under each way of storing its weights, beside stock Keras's.
+
+    python benchmarks/text_loss.py --steps 2000 --seeds 3      # on a GPU; on 2 cores one run of 2,000 steps takes 10 min
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import timing
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How weights are stored and rounded.
+
+    Attributes:
+        policy: its name.
+        side: whose Keras.
+        rounding: what `LowPrecision` is given; None leaves it to `compile`.
+        master_weights: likewise.
+    """
+
+    policy: str
+    side: timing.Side = "ours"
+    rounding: str | None = None
+    master_weights: bool = False
+
+
+WAYS = {
+    "float32": Way("float32", "keras"),
+    "mixed_bfloat16": Way("mixed_bfloat16"),
+    "bfloat16, stochastic (the default)": Way("bfloat16"),
+    "bfloat16, Kahan": Way("bfloat16", rounding="kahan"),
+    "bfloat16, master weights": Way("bfloat16", rounding="nearest", master_weights=True),
+    "bfloat16, nearest": Way("bfloat16", rounding="nearest"),
+    "bfloat16, stock Keras": Way("bfloat16", "keras"),
+}
+BASE = "float32"
+WITHIN = 1.01  # of float32's validation loss
+JUDGED = "bfloat16, stochastic (the default)"
+
+
+def train(way: Way, steps: int, seed: int, learning_rate: float) -> float:
+    """Returns the validation loss after one run, the same data and initial weights for every way."""
+    import keras
+    import text_task
+
+    set_global_policy = keras.config.set_dtype_policy
+    if way.side == "ours":
+        import keras_precision
+
+        set_global_policy = keras_precision.set_global_policy
+    keras.utils.set_random_seed(seed)
+    set_global_policy(way.policy)
+    model = text_task.build_transformer()
+    text = text_task.standard_library()
+    schedule = keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=learning_rate, warmup_steps=steps // 20)
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.01)
+    if way.rounding:
+        optimizer = keras_precision.optimizers.LowPrecision(optimizer, way.rounding, way.master_weights, seed=seed)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    inputs, targets = text_task.batches(text.train, steps, seed)
+    model.fit(inputs, targets, batch_size=text_task.BATCH, verbose=0, shuffle=False)
+    return text_task.validation_loss(model, text.validation)
+
+
+def losses_of(name: str, backend: str, arguments: argparse.Namespace) -> list[float]:
+    """Returns the validation losses of one way, one a seed, trained in a process of its own."""
+    asked = {"steps": arguments.steps, "learning_rate": arguments.learning_rate}
+    with timing.Worker(__file__, name, backend) as worker:
+        worker.read()
+        return [worker.ask({**asked, "seed": seed}) for seed in range(arguments.seeds)]
+
+
+def main() -> None:
+    """Reads the command line, runs, prints, and exits with 1 if stochastic rounding misses the goal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backends", default="jax", help="Keras backends, by commas")
+    parser.add_argument("--steps", type=int, default=2000, help="of 32 windows of 128 characters")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each way")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--parallel", type=int, default=1, help="ways trained at once")
+    parser.add_argument("--ways", default=";".join(WAYS), help="by semicolons")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        timing.reply("ready")
+        for line in sys.stdin:
+            timing.reply(train(WAYS[arguments.worker], **json.loads(line)))
+        return
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    failed = False
+    for backend in arguments.backends.split(","):
+        names = arguments.ways.split(";")
+        with ThreadPoolExecutor(arguments.parallel) as pool:
+            losses = dict(zip(names, pool.map(lambda name: losses_of(name, backend, arguments), names), strict=True))
+        failed |= print_table(backend, arguments.steps, losses)
+    sys.exit(int(failed))
+
+
+def print_table(backend: str, steps: int, losses: dict[str, list[float]]) -> bool:
+    """Prints a row for each way; returns whether the judged one misses the goal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 160
+    table = Table("backend", "weights", title=f"Validation loss in nats a character after {steps} steps")
+    for heading in ("mean", "to float32's", "least", "most"):
+        table.add_column(heading, justify="right")
+    base = statistics.mean(losses[BASE]) if BASE in losses else float("nan")
+    for name, runs in losses.items():
+        mean = statistics.mean(runs)
+        table.add_row(backend, name, f"{mean:.4f}", f"{mean / base:.4f}", f"{min(runs):.4f}", f"{max(runs):.4f}")
+    console.print(table)
+    return JUDGED in losses and not statistics.mean(losses[JUDGED]) <= WITHIN * base
+
+
+if __name__ == "__main__":
+    main()
