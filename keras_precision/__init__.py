@@ -25,7 +25,7 @@ from keras_precision.policies import (
 from keras_precision.report.summary import summary
 
 _bridge.install(hooks)
-_bridge_optimizers.install()
+_bridge_optimizers.install(hooks)
 
 # Keras's names for the same.
 dtype_policy = global_policy

@@ -16,7 +16,6 @@ from keras.src.models import Functional
 from keras.src.ops.operation import Operation
 from keras.src.saving import object_registration, serialization_lib
 from keras.src.trainers.compile_utils import CompileMetrics
-from keras.src.trainers.trainer import Trainer
 
 from keras_precision.hooks import Hooks
 
@@ -62,6 +61,7 @@ PATCH_POINTS = (
         "losses and metrics casting to their dtype before they compute",
     ),
     PatchPoint("Trainer.compile (public)", "reports unmatched rules (D13); wraps optimizers (D1, D2, D9)", "none"),
+    PatchPoint("Model.fit (public)", "its logs carry the loss scale; a run that skips every step stops (D7, D8)", "none"),
     PatchPoint("_bridge_optimizers: BaseOptimizer", "schedules count updates, not micro-steps (D25)", "as above"),
     PatchPoint(
         "the registry of public names",
@@ -83,7 +83,6 @@ def install(hooks: Hooks) -> None:
     _install_build_and_losses(hooks)
     _install_saving(hooks)
     _install_float32_losses(hooks)
-    _install_compile(hooks)
 
 
 def _rebind(replacements: dict[Any, Any]) -> None:
@@ -233,23 +232,9 @@ def _followed_by(init, hook):
     @functools.wraps(init)
     def __init__(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        hook(self)
+        hook(self, kwargs.get("dtype"))
 
     return __init__
-
-
-def _install_compile(hooks):
-    stock_compile = Trainer.compile
-
-    @functools.wraps(stock_compile)
-    def compile(self, optimizer="rmsprop", *args, auto_scale_loss=True, **kwargs):
-        given = keras.optimizers.get(optimizer)
-        optimizer, auto_scale_loss = hooks.before_compile(self, given, auto_scale_loss)
-        stock_compile(self, optimizer, *args, auto_scale_loss=auto_scale_loss, **kwargs)
-        # As Keras does with its own wrapper: the file names what the user gave, and loading wraps it again.
-        self._compile_config.config["optimizer"] = given
-
-    Trainer.compile = compile
 
 
 def quantization_modes() -> tuple[str, ...]:

@@ -1,25 +1,36 @@
-"""Touches what Keras does not document of its optimizers."""
+"""Touches what Keras does not document of its optimizers, and adds to `compile` and `fit`."""
 
 import functools
+import inspect
 from collections.abc import Sequence
 
 import keras
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.trainers.trainer import Trainer
 from keras.src.utils import tracking
+
+from keras_precision.hooks import Hooks
 
 Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 
-def install() -> None:
+def install(hooks: Hooks) -> None:
+    """Patches Keras's optimizers, `compile` and `fit`, once."""
+    if hasattr(BaseOptimizer._get_current_learning_rate, "__wrapped__"):
+        return
+    _install_schedules()
+    _install_compile(hooks)
+    _install_fit(hooks)
+
+
+def _install_schedules():
     """Makes learning-rate schedules count updates, not the micro-steps of gradient accumulation (D25).
 
     Checked on Keras 3.14.0 and 3.15.1; not needed if `BaseOptimizer` passed
     `iterations` to its schedule.
     """
     stock = BaseOptimizer._get_current_learning_rate
-    if hasattr(stock, "__wrapped__"):
-        return
 
     @functools.wraps(stock)
     def _get_current_learning_rate(self):
@@ -28,6 +39,33 @@ def install() -> None:
         return stock(self)
 
     BaseOptimizer._get_current_learning_rate = _get_current_learning_rate
+
+
+def _install_compile(hooks):
+    stock_compile = Trainer.compile
+
+    @functools.wraps(stock_compile)
+    def compile(self, optimizer="rmsprop", *args, auto_scale_loss=True, **kwargs):
+        given = keras.optimizers.get(optimizer)
+        optimizer, auto_scale_loss = hooks.before_compile(self, given, auto_scale_loss)
+        stock_compile(self, optimizer, *args, auto_scale_loss=auto_scale_loss, **kwargs)
+        # As Keras does with its own wrapper: the file names what the user gave, and loading wraps it again.
+        self._compile_config.config["optimizer"] = given
+
+    Trainer.compile = compile
+
+
+def _install_fit(hooks):
+    stock_fit = keras.Model.fit
+    signature = inspect.signature(stock_fit)
+
+    @functools.wraps(stock_fit)
+    def fit(self, *args, **kwargs):
+        call = signature.bind(self, *args, **kwargs)
+        call.arguments["callbacks"] = hooks.fit_callbacks(self, call.arguments.get("callbacks"))
+        return stock_fit(*call.args, **call.kwargs)
+
+    keras.Model.fit = fit
 
 
 def wrapped(optimizer: keras.Optimizer) -> list[keras.Optimizer]:

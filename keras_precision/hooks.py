@@ -22,8 +22,9 @@ class Hooks:
         saved_dtype: layer -> `dtype` entry of its config, or None for Keras's.
         loading: (config) -> (config to load, context, function of the object).
         in_float32: wraps a function so that it computes 16-bit arguments in float32.
-        compute_in_float32: called with each loss and metric made.
+        compute_in_float32: called with each loss and metric made, and the dtype it was given.
         before_compile: (model, optimizer, auto_scale_loss) -> what of the last two to compile with.
+        fit_callbacks: (model, callbacks that `fit` got) -> callbacks to fit with.
     """
 
     policy_for: Callable[[Any], keras.DTypePolicy | None]
@@ -35,5 +36,6 @@ class Hooks:
     saved_dtype: Callable[[keras.Layer], dict | None]
     loading: Callable[[Any], tuple[Any, AbstractContextManager, Callable[[Any], None]]]
     in_float32: Callable[[Callable], Callable]
-    compute_in_float32: Callable[[keras.Loss | keras.Metric], None]
+    compute_in_float32: Callable[[keras.Loss | keras.Metric, str | None], None]
     before_compile: Callable[[keras.Model, Any, bool], tuple[Any, bool]]
+    fit_callbacks: Callable[[keras.Model, Any], Any]

@@ -8,6 +8,7 @@ from keras_precision.layers.float32_inside import compute_in_float32, in_float32
 from keras_precision.layers.saving import loading, saved_dtype
 from keras_precision.policies import registry, resolve, scope
 from keras_precision.policies.resolve import keras_quantization_mode
+from keras_precision.scaling.monitor import monitored
 
 
 def _before_compile(model, optimizer, auto_scale_loss):
@@ -27,4 +28,5 @@ hooks = Hooks(
     in_float32=in_float32,
     compute_in_float32=compute_in_float32,
     before_compile=_before_compile,
+    fit_callbacks=monitored,
 )

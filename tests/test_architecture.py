@@ -27,7 +27,7 @@ LAYERS = (
     ("policies",),
     ("formats",),
     ("kernels",),
-    ("hardware", "rounding"),
+    ("hardware", "rounding", "delegation"),
     ("dtypes", "_bridge", "_bridge_optimizers", "rich_text"),
     ("hooks",),
 )

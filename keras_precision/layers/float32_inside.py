@@ -7,6 +7,7 @@ import keras
 
 from keras_precision import _bridge
 from keras_precision.dtypes import HALF_DTYPES
+from keras_precision.policies import scope
 
 
 def to_float32(value):
@@ -71,15 +72,24 @@ class ReturnsRequestedDType:
         )
 
 
-def compute_in_float32(loss_or_metric: keras.Loss | keras.Metric) -> None:
-    """Makes a loss or metric of a 16-bit dtype compute and accumulate in float32.
+def compute_in_float32(loss_or_metric: keras.Loss | keras.Metric, dtype: str | None) -> None:
+    """Makes a loss or metric of a 16-bit dtype compute and accumulate in float32, and in float64 if all else does.
 
     Its values keep the dtype that it was made for, but for losses in float16,
     which stay float32: what overflows there would stop training. In float16
     the sum of a metric ends at 65504, and a count stops at 2048, where
-    2048 + 1 == 2048.
+    2048 + 1 == 2048. Under a global float64 policy, one that was given no
+    dtype takes float64: Keras would round predictions to float32.
+
+    Args:
+        loss_or_metric: just made.
+        dtype: what its constructor was given, or None.
     """
     requested = loss_or_metric.dtype
+    chosen = scope.current()
+    if dtype is None and chosen is not None and chosen.compute_dtype == "float64":
+        _bridge.set_dtype(loss_or_metric, "float64")
+        return
     if requested not in HALF_DTYPES:
         return
     _bridge.set_dtype(loss_or_metric, "float32")

@@ -6,8 +6,8 @@ import keras
 from keras import ops
 
 from keras_precision import _bridge, rounding
+from keras_precision.delegation import DelegatesSettings
 from keras_precision.dtypes import HALF_DTYPES
-from keras_precision.optimizers.delegation import DelegatesSettings
 
 Rounding = Literal["stochastic", "nearest", "kahan"]
 ROUNDINGS = ("stochastic", "nearest", "kahan")
@@ -70,12 +70,30 @@ class LowPrecision(DelegatesSettings, keras.optimizers.Optimizer):
         if isinstance(inner_optimizer, LowPrecision):
             raise ValueError("The optimizer is wrapped in LowPrecision already. Pass its `inner_optimizer`.")
         super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = keras.optimizers.get(inner_optimizer)
         self.rounding = rounding
         self.master_weights = master_weights
         self.seed = seed
         self._undecayed = []
         self._undecayed_names = []
+        self.inner_optimizer = keras.optimizers.get(inner_optimizer)
+
+    @property
+    def learning_rate(self):
+        """The inner optimizer's learning rate."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        """The inner optimizer's count of updates."""
+        return self.inner_optimizer.iterations
+
+    def scale_loss(self, loss):
+        """Returns the loss scaled as the inner optimizer wants it."""
+        return self.inner_optimizer.scale_loss(loss)
 
     @property
     def _keeps_float32_weights(self):

@@ -44,5 +44,5 @@ class SpeaksGradScaler:
             if key in ("growth_factor", "backoff_factor", "growth_interval") and state.get(key, ours) != ours:
                 raise ValueError(f"Expected {key}={ours}. Received: {key}={state[key]}. Pass it to the constructor.")
         counters = {**state, "good_steps": state.get("_growth_tracker", 0)}
-        for name, variable in self._state_variables._asdict().items():
+        for name, variable in self.state_variables._asdict().items():
             variable.assign(counters["scale"] if name == "scale" else counters.get(name, 0))

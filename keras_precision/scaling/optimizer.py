@@ -6,21 +6,19 @@ import keras
 from keras import ops
 
 from keras_precision import _bridge_optimizers
-from keras_precision.scaling.delegation import DelegatesSettings
+from keras_precision.delegation import DelegatesSettings
 from keras_precision.scaling.grad_scaler import SpeaksGradScaler
 from keras_precision.scaling.gradients import divided, first_nonfinite
 from keras_precision.scaling.loss_scale import DynamicLossScale, LossScaleState
+from keras_precision.scaling.files import SavedAsPlain
 from keras_precision.scaling.replicas import run_update
 from keras_precision.scaling.tracing import branch, is_concrete, is_staged
 from keras_precision.scaling.usage import ScaleUsage
 from keras_precision.scaling.window import Window
 
-# In the saved variables of Keras's LossScaleOptimizer: iteration, learning rate, step_counter, dynamic_scale.
-KERAS_STEP_COUNTER, KERAS_SCALE, KERAS_OWN = "2", "3", 4
-
 
 @keras.saving.register_keras_serializable(package="keras_precision")
-class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, keras.optimizers.LossScaleOptimizer):
+class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, SavedAsPlain, keras.optimizers.LossScaleOptimizer):
     """Scales the loss for an inner optimizer, and skips steps whose gradients are not finite.
 
     A skipped step leaves weights, slots, moving averages, iterations and the
@@ -98,32 +96,61 @@ class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, keras.optimizers.L
         own("max_consecutive_skips", max_consecutive_skips)
         own("_usage", ScaleUsage())
         own("_window", None)
+        own("_scale_owner", None)
         _bridge_optimizers.drop_counters(self)
         own("step_counter", self.add_variable(shape=(), dtype="int", name="step_counter"))
         scale = keras.initializers.Constant(self._machine.initial_scale)
         own("dynamic_scale", self.add_variable((), scale, dtype="float32", name="dynamic_scale"))
-        for name in ("bad_steps", "consecutive_skips", "skipped_steps"):
-            own(f"_{name}", self.add_variable(shape=(), dtype="int", name=name))
+        counters = [self.add_variable((), dtype="int", name=n) for n in ("bad_steps", "consecutive_skips", "skipped_steps")]
+        own("state_variables", LossScaleState(self.dynamic_scale, self.step_counter, *counters))
         own("_last_nonfinite", self.add_variable((), keras.initializers.Constant(-1), dtype="int", name="last_nonfinite"))
         own("_saved_state", _bridge_optimizers.SavedVariables(self.own_variables))
 
     @property
-    def _machine(self):
-        return DynamicLossScale(
-            initial_scale=self.initial_scale,
-            growth_factor=self.growth_factor,
-            backoff_factor=self.backoff_factor,
-            growth_interval=self.dynamic_growth_steps,
-            min_scale=self.min_scale,
-            max_scale=self.max_scale,
-            hysteresis=self.hysteresis,
-        )
+    def loss_scale_factor(self):
+        """None: the wrapper has a scale that changes, and the inner optimizer none."""
+        return None
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, value):
+        if value is not None:
+            raise ValueError(
+                f"Expected loss_scale_factor=None: the loss is scaled already. Received: loss_scale_factor={value!r}. "
+                "Pass initial_scale to LossScaleOptimizer."
+            )
 
     @property
-    def _state_variables(self):
-        return LossScaleState(
-            self.dynamic_scale, self.step_counter, self._bad_steps, self._consecutive_skips, self._skipped_steps
+    def _machine(self):
+        owner = self._scale_owner or self
+        return DynamicLossScale(
+            initial_scale=owner.initial_scale,
+            growth_factor=owner.growth_factor,
+            backoff_factor=owner.backoff_factor,
+            growth_interval=owner.dynamic_growth_steps,
+            min_scale=owner.min_scale,
+            max_scale=owner.max_scale,
+            hysteresis=owner.hysteresis,
         )
+
+    def share_scale_of(self, other: "LossScaleOptimizer") -> None:
+        """Uses another optimizer's scale from now on, as two optimizers of one model may (a GAN's, for instance).
+
+        An overflow in either lowers the scale; only the other's finite steps
+        count towards its growth, so that it grows as fast as for one. Call it
+        again after loading. Where JAX compiles, both optimizers' `variables`
+        have to be in the scope; a `DynamicLossScale` whose state is passed
+        along serves any number of optimizers there.
+
+        Args:
+            other: the optimizer whose scale, counters and bounds count.
+
+        Raises:
+            ValueError: `other` is this optimizer, or shares a scale itself.
+        """
+        if other is self or other.state_variables[0] is not other.dynamic_scale:
+            raise ValueError("Expected an optimizer that has a scale of its own. Pass the one that it shares.")
+        super().__setattr__("_scale_owner", other)
+        super().__setattr__("state_variables", other.state_variables)
 
     @property
     def own_variables(self) -> list[keras.Variable]:
@@ -133,17 +160,17 @@ class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, keras.optimizers.L
     @property
     def loss_scale(self):
         """float32 scalar tensor, what the next loss is multiplied by."""
-        return ops.add(self.dynamic_scale.value, 0)  # a value, where convert_to_tensor may give the variable
+        return ops.add(self.state_variables.scale.value, 0)  # a value, where convert_to_tensor may give the variable
 
     @property
     def skipped_steps(self):
         """Integer scalar tensor, steps skipped in all."""
-        return ops.add(self._skipped_steps.value, 0)
+        return ops.add(self.state_variables.skipped_steps.value, 0)
 
     @property
     def consecutive_skips(self):
         """Integer scalar tensor, steps skipped in a row up to now."""
-        return ops.add(self._consecutive_skips.value, 0)
+        return ops.add(self.state_variables.consecutive_skips.value, 0)
 
     def build(self, variables):
         """Makes the inner optimizer's slots.
@@ -210,7 +237,7 @@ class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, keras.optimizers.L
             if trainable_variables is None:
                 raise ValueError("Expected the weights at the first call. Call `optimizer.build(weights)` before.")
             self.build(trainable_variables)
-        known = _bridge_optimizers.trained_variables(self)
+        known = self.trained
         variables = known if trainable_variables is None else list(trainable_variables)
         if len(grads) != len(variables):
             raise ValueError(f"Expected {len(variables)} gradients, one a weight. Received: {len(grads)}.")
@@ -227,7 +254,7 @@ class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, keras.optimizers.L
     def _step(self, flags, places, update):
         """Updates or skips, then moves the scale's state on."""
         found = ops.any(flags)
-        touched = _bridge_optimizers.trained_variables(self) + self.variables
+        touched = self.trained + self.variables
         first = ops.take(ops.convert_to_tensor(places), ops.argmax(ops.cast(flags, "int32")))
         first = ops.where(found, ops.cast(first, self._last_nonfinite.dtype), self._last_nonfinite.value)
         state, is_last = self._state(), None
@@ -236,9 +263,11 @@ class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, keras.optimizers.L
         else:
             found, is_last = self._window.step(found, update, touched)
         after = self._machine.update(state, found)
-        if is_last is not None:
-            after = LossScaleState(*(ops.where(is_last, new, old) for new, old in zip(after, state, strict=True)))
-        for variable, value in zip(self._state_variables, after, strict=True):
+        # With a shared scale, finite steps are its owner's to count.
+        for counts in (is_last, found if self._scale_owner else None):
+            if counts is not None:
+                after = LossScaleState(*(ops.where(counts, new, old) for new, old in zip(after, state, strict=True)))
+        for variable, value in zip(self.state_variables, after, strict=True):
             variable.assign(ops.cast(value, variable.dtype))
         self._last_nonfinite.assign(first)
         if is_concrete(found) and found:
@@ -265,7 +294,7 @@ class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, keras.optimizers.L
         """
         if keras.backend.backend() == "tensorflow":
             return keras.Optimizer.stateless_apply(self, optimizer_variables, grads, trainable_variables)
-        known = _bridge_optimizers.trained_variables(self)
+        known = self.trained
         for name, values, count in (
             ("optimizer_variables", optimizer_variables, len(self.variables)),
             ("trainable_variables", trainable_variables, len(known)),
@@ -278,13 +307,16 @@ class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, keras.optimizers.L
             self.apply(grads, unscaled=unscaled)
         return [[scope.get_current_value(v) for v in group] for group in (known, self.variables)]
 
-    def raise_if_stuck(self) -> None:
+    def raise_if_stuck(self, consecutive_skips: int | None = None) -> None:
         """Raises once `max_consecutive_skips` steps in a row were skipped.
+
+        Args:
+            consecutive_skips: how many; None for the present count.
 
         Raises:
             FloatingPointError: naming the first weight whose gradient was not finite.
         """
-        skips = int(ops.convert_to_numpy(self.consecutive_skips))
+        skips = int(ops.convert_to_numpy(self.consecutive_skips)) if consecutive_skips is None else consecutive_skips
         if self.max_consecutive_skips is None or skips < self.max_consecutive_skips:
             return
         raise FloatingPointError(
@@ -294,22 +326,31 @@ class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, keras.optimizers.L
         )
 
     @property
+    def trained(self) -> list[keras.Variable]:
+        """The weights that the optimizer was built for."""
+        return _bridge_optimizers.trained_variables(self)
+
+    @property
+    def overflow_place(self):
+        """Integer scalar tensor: place in `trained` of the first weight to overflow at the last overflow, -1 for none."""
+        return ops.add(self._last_nonfinite.value, 0)
+
+    @property
     def last_nonfinite(self) -> str | None:
         """Path of the first weight whose gradient was not finite at the last overflow; None if there was none."""
-        place = int(ops.convert_to_numpy(ops.convert_to_tensor(self._last_nonfinite)))
+        place = int(ops.convert_to_numpy(self.overflow_place))
         if place < 0 or not self.built:
             return None
-        variable = _bridge_optimizers.trained_variables(self)[place]
-        return getattr(variable, "path", variable.name)
+        return getattr(self.trained[place], "path", self.trained[place].name)
 
     def _state(self):
-        scale, *counters = (variable.value for variable in self._state_variables)
+        scale, *counters = (variable.value for variable in self.state_variables)
         return LossScaleState(ops.convert_to_tensor(scale), *(ops.cast(counter, "int32") for counter in counters))
 
     def _require_state(self):
         """Returns whether code is being compiled, and refuses a scale that would be a constant there (D4)."""
         staged = is_staged()
-        if staged and keras.backend.backend() == "jax" and is_concrete(self.dynamic_scale.value):
+        if staged and keras.backend.backend() == "jax" and is_concrete(self.state_variables.scale.value):
             raise ValueError(
                 "Expected the loss scale as an argument of the program that JAX compiles. Received a constant, so the "
                 "program would keep today's scale for ever. Pass the values of `optimizer.variables` in, and call "
@@ -319,42 +360,10 @@ class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, keras.optimizers.L
         return staged
 
     def _unscaled(self, grads, variables=None):
-        scale = ops.convert_to_tensor(self.dynamic_scale)
+        scale = ops.convert_to_tensor(self.state_variables.scale)
         # Float8 layers pass new scales as gradients, which are not scaled.
         kept = [getattr(v, "overwrite_with_gradient", False) for v in variables or [None] * len(grads)]
         return [g if g is None or keep else divided(g, scale) for g, keep in zip(grads, kept, strict=True)]
-
-    def set_weights(self, weights):
-        """Sets all of `variables`.
-
-        Args:
-            weights: list of arrays, in the order of `variables`.
-
-        Raises:
-            ValueError: not built, or other arrays than `variables` take.
-        """
-        variables = self.variables
-        if not self.built or len(weights) != len(variables):
-            raise ValueError(
-                f"Expected {len(variables)} arrays for an optimizer that is {'' if self.built else 'not '}built. "
-                f"Received: {len(weights)}. Call `optimizer.build(weights)` before `set_weights`."
-            )
-        for variable, weight in zip(variables, weights, strict=True):
-            variable.assign(weight)
-
-    def save_own_variables(self, store):
-        """Writes the inner optimizer's variables as if it were not wrapped; the scale is saved beside them."""
-        self.inner_optimizer.save_own_variables(store)
-
-    def load_own_variables(self, store):
-        """Reads the variables of a plain optimizer, of this class, or of Keras's LossScaleOptimizer."""
-        count = len(self.inner_optimizer.variables)
-        if len(store.keys()) == count + KERAS_OWN:
-            self.step_counter.assign(store[KERAS_STEP_COUNTER])
-            # Keras's scale has no bounds: it may have been saved as 0 or inf.
-            self.dynamic_scale.assign(ops.clip(store[KERAS_SCALE], self.min_scale, self.max_scale))
-            store = {str(i): store[str(i + KERAS_OWN)] for i in range(count)}
-        self.inner_optimizer.load_own_variables(store)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""

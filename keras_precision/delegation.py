@@ -1,4 +1,4 @@
-"""Lets a wrapper's settings be those of the optimizer inside."""
+"""Lets the settings of a wrapper around an optimizer be those of the optimizer inside."""
 
 from keras_precision import _bridge_optimizers
 
@@ -28,18 +28,7 @@ class DelegatesSettings:
     ema_overwrite_frequency = _delegated("ema_overwrite_frequency")
     gradient_accumulation_steps = _delegated("gradient_accumulation_steps")
 
-    @property
-    def loss_scale_factor(self):
-        """None: the wrapper has a scale that changes, and the inner optimizer none."""
-        return None
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, value):
-        if value is not None:
-            raise ValueError(
-                f"Expected loss_scale_factor=None: the loss is scaled already. Received: loss_scale_factor={value!r}. "
-                "Pass initial_scale to LossScaleOptimizer."
-            )
+    loss_scale_factor = _delegated("loss_scale_factor")
 
     def __getattr__(self, name):
         owner = None if name.startswith("_") else self._owner(name)
