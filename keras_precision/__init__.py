@@ -3,7 +3,7 @@
 from keras_precision import _bridge, _bridge_optimizers, dtypes, hardware, optimizers, scaling
 from keras_precision.dtypes import safe_mask_value
 from keras_precision.install import hooks
-from keras_precision.layers import set_policy
+from keras_precision.layers import QuantizationReport, dequantize, merge_lora, quantize, register_site, set_policy
 from keras_precision.policies import (
     SAFE_LAYERS,
     DTypePolicy,
@@ -38,8 +38,10 @@ __all__ = [
     "DTypePolicy",
     "DTypePolicyMap",
     "FloatDTypePolicy",
+    "QuantizationReport",
     "QuantizedDTypePolicy",
     "QuantizedFloat8DTypePolicy",
+    "dequantize",
     "deserialize",
     "dtype_policy",
     "dtypes",
@@ -47,10 +49,13 @@ __all__ = [
     "global_policy",
     "hardware",
     "list_policies",
+    "merge_lora",
     "optimizers",
     "policy_scope",
+    "quantize",
     "register_policy",
     "register_safe_layer",
+    "register_site",
     "resolve",
     "safe_mask_value",
     "scaling",

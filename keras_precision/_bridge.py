@@ -276,6 +276,27 @@ def specialise(instance: Any, mixin: type) -> None:
     instance.__class__ = _specialised[cls, mixin]
 
 
+def original_class(cls: type) -> type:
+    """Returns the class that a specialised class was made of, itself if it is none."""
+    made = {subclass: base for (base, _), subclass in _specialised.items()}
+    while cls in made:
+        cls = made[cls]
+    return cls
+
+
+def despecialise(instance: Any, mixin: type) -> None:
+    """Takes back what `specialise` did with `mixin` or a subclass of it, other mixins kept."""
+    made = {subclass: key for key, subclass in _specialised.items()}
+    mixins, cls = [], type(instance)
+    while cls in made:
+        cls, added = made[cls]
+        mixins.append(added)
+    instance.__class__ = cls
+    for added in reversed(mixins):
+        if not issubclass(added, mixin):
+            specialise(instance, added)
+
+
 def layer_path(layer: Layer) -> str:
     """Returns the layer's path; before it has one, the path it would get if it were called here and now."""
     if layer.path is not None:
@@ -320,20 +341,6 @@ def attach_policy(layer: Layer, policy: keras.DTypePolicy) -> None:
     layer._dtype_policy = policy
 
 
-def convert_variable(variable: keras.Variable, dtype: str) -> None:
-    """Stores a variable in another dtype, keeping the object, its place and its sharding."""
-    value = variable._value
-    variable._dtype = keras.backend.standardize_dtype(dtype)
-    if value is None:  # its initializer will run in the new dtype
-        return
-    if keras.backend.backend() == "tensorflow":
-        # A tf.Variable's dtype is fixed, so the Keras variable gets a new one.
-        variable._value = None
-        variable._initialize(keras.ops.cast(keras.ops.convert_to_tensor(value), dtype))
-    else:
-        variable._value = keras.ops.cast(value, dtype)
-
-
 def set_dtype(loss_or_metric: keras.Loss | keras.Metric, dtype: str) -> None:
     """Sets the dtype that a loss or metric computes in."""
     loss_or_metric._dtype = dtype
@@ -367,19 +374,3 @@ def trainers(model: Layer) -> Iterator[keras.Model]:
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
     """Returns the arguments of a model's last `compile`, as the live objects."""
     return dict(model._compile_config.config)
-
-
-def stand_in(variable: keras.Variable, dtype: str) -> keras.Variable:
-    """Returns a variable that an optimizer takes for `variable`, in another dtype, its value not set yet.
-
-    It has the same name, path, constraint and layout, so that slots are named and sharded alike.
-    """
-    twin = keras.Variable("zeros", shape=variable.shape, dtype=dtype, name=variable.name, layout=variable._layout)
-    twin._path = variable.path
-    twin.constraint = variable.constraint
-    return twin
-
-
-def release(variable: keras.Variable) -> None:
-    """Frees a variable's array until the next assignment; only where arrays are values, not on TensorFlow."""
-    variable._value, variable._initializer = None, keras.initializers.Zeros()

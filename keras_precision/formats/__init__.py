@@ -5,6 +5,6 @@ from keras_precision.formats import fp4 as _fp4  # noqa: F401
 from keras_precision.formats import int4 as _int4  # noqa: F401
 from keras_precision.formats import int8 as _int8  # noqa: F401
 from keras_precision.formats import nf4 as _nf4  # noqa: F401
-from keras_precision.formats.base import BLOCK_SIZES, FORMATS, Format, register_format
+from keras_precision.formats.base import BLOCK_SIZES, FORMATS, Codec, Format, Part, register_format
 
-__all__ = ["BLOCK_SIZES", "FORMATS", "Format", "register_format"]
+__all__ = ["BLOCK_SIZES", "FORMATS", "Codec", "Format", "Part", "register_format"]

@@ -1,9 +1,35 @@
-"""Facts that name a quantized storage format."""
+"""The contract of quantized storage formats."""
 
+import abc
+import dataclasses
+import math
+import re
 from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+
+from keras_precision import dtypes
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that a block-scaled format may take, in elements along the contraction axis."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored array of an encoded weight.
+
+    Attributes:
+        shape: of the array.
+        dtype: of the array.
+        axes: for each axis of the array, the axis of the matrix (k, n) that it
+            runs along: 0 (contracted), 1 (output), or None for neither, so
+            that what shards the matrix shards its parts.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -11,40 +37,129 @@ class Format:
     """A storage format as policies name it.
 
     Attributes:
-        name: what stands before `_from_` in a policy's name.
+        name: what stands before `/` or `_from_` in a policy's name.
         bits: width of one code, in bits.
-        default_block_size: elements that share one scale unless the policy's
-            name says otherwise; None where scales are per channel or per
-            tensor, so that no block size can be given.
+        block_size: elements along the contraction axis that share one scale;
+            None where scales are per channel or per tensor, so that no block
+            size can be given.
         has_amax_history: True for formats that train with scales kept from
             earlier steps, whose policies carry `amax_history_length`.
     """
 
     name: str
     bits: int
-    default_block_size: int | None = None
+    block_size: int | None = None
     has_amax_history: bool = False
 
-    def check_block_size(self, block_size: int | None, given: str) -> None:
-        """Raises ValueError unless this format can use `block_size`.
+    def with_option(self, text: str) -> "Format":
+        """Returns this format as a mode's text after `/` specifies it: here, with that block size.
 
         Args:
-            block_size: elements a block, or None for the default.
-            given: the text that the user wrote, for the message.
+            text: plain decimal integer.
+
+        Raises:
+            ValueError: the format takes no block size, or not this one.
+
+        Example:
+            >>> FORMATS["nf4"].with_option("128").block_size
+            128
         """
-        if block_size is None:
-            return
-        if self.default_block_size is None:
+        if self.block_size is None:
             raise ValueError(
                 f"Invalid quantization mode. Format '{self.name}' takes no block size. "
-                f"Received: '{given}'. Pass '{self.name}'."
+                f"Received: '{self.name}/{text}'. Pass '{self.name}'."
             )
+        # int() also takes "064", "6_4" and " 64": one policy, many names
+        if not re.fullmatch("0|-?[1-9][0-9]*", text):
+            raise ValueError(
+                f"Invalid quantization mode. Expected '{self.name}/<block_size>' with an integer. "
+                f"Received: '{self.name}/{text}'."
+            )
+        block_size = int(text)
         if block_size not in BLOCK_SIZES:
             raise ValueError(
                 f"Invalid quantization mode. Expected block_size in {BLOCK_SIZES}. "
-                f"Received: block_size={block_size} in '{given}'. "
-                f"Pass '{self.name}/{self.default_block_size}'."
+                f"Received: block_size={block_size} in '{self.name}/{text}'. "
+                f"Pass '{self.name}/{self.block_size}'."
             )
+        return dataclasses.replace(self, block_size=block_size)
+
+
+class Codec(Format, abc.ABC):
+    """A format that stores matrices as codes and scales.
+
+    All matrices are (k, n): axis 0 is the one that a matmul contracts. The
+    weight is approximately scale * (codes - zero_point), or
+    scale * codebook[codes]. What is decoded has a tensor's dtype and may be
+    traced; what is encoded are NumPy arrays.
+    """
+
+    @abc.abstractmethod
+    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+        """Returns what `encode` stores of a matrix of this shape, by name."""
+
+    @abc.abstractmethod
+    def encode(self, weight) -> dict[str, Any]:
+        """Returns the NumPy arrays that `parts` describes.
+
+        Blocks, or columns, whose greatest magnitude is below 2**-100 count as
+        zeros; see `blocks.py`.
+
+        Args:
+            weight: float array or tensor (k, n), k and n > 0; read piece by
+                piece, so that a memory-mapped file never lies in memory as a
+                whole.
+
+        Raises:
+            ValueError: the weight is no such matrix, or holds inf or NaN.
+        """
+
+    @abc.abstractmethod
+    def decode(self, parts, shape: tuple[int, int], dtype: str):
+        """Returns the tensor (k, n) that the parts stand for.
+
+        Computed in float32 and rounded to `dtype` once.
+
+        Args:
+            parts: tensors, as `parts` describes them.
+            shape: (k, n).
+            dtype: float dtype of the result.
+        """
+
+    @abc.abstractmethod
+    def gather(self, parts, shape: tuple[int, int], indices, dtype: str):
+        """Returns columns of what `decode` gives, without decoding the others.
+
+        An embedding table is the matrix (dim, vocabulary).
+
+        Args:
+            parts: tensors, as `parts` describes them.
+            shape: (k, n).
+            indices: integer tensor of any shape, in [0, n).
+            dtype: float dtype of the result.
+
+        Returns:
+            Tensor of shape (*indices.shape, k).
+        """
+
+    def matmul(self, x, parts, shape: tuple[int, int], dtype: str):
+        """Returns x times the weight, in `dtype`.
+
+        Args:
+            x: float tensor (..., k).
+            parts: tensors, as `parts` describes them.
+            shape: (k, n).
+            dtype: float dtype that it is computed in.
+
+        Returns:
+            Tensor (..., n).
+        """
+        return ops.matmul(ops.cast(x, dtype), self.decode(parts, shape, dtype))
+
+    def bits_per_parameter(self, shape: tuple[int, int]) -> float:
+        """Returns the bits that one element of a matrix of this shape takes, scales included."""
+        nbytes = sum(math.prod(part.shape) * dtypes.nbytes(part.dtype) for part in self.parts(shape).values())
+        return nbytes * 8 / math.prod(shape)
 
 
 FORMATS: dict[str, Format] = {}

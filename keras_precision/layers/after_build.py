@@ -7,9 +7,9 @@ import keras
 from keras_precision import _bridge, hardware
 from keras_precision.dtypes import HALF_DTYPES
 from keras_precision.layers.float32_inside import ComputesInFloat32, in_float32
+from keras_precision.layers.quantized import quantize_built
 from keras_precision.policies import registry
 from keras_precision.policies.policy_map import DTypePolicyMap
-from keras_precision.policies.quantized import QuantizedDTypePolicy
 from keras_precision.policies.resolve import attached, resolve
 from keras_precision.policies.safe_layers import is_safe
 
@@ -58,7 +58,7 @@ def after_build(layer: keras.Layer) -> None:
     policy = resolve(layer)
     path = _bridge.layer_path(layer)
     hardware.check_dtypes((policy.compute_dtype, policy.variable_dtype, registry.output_dtype(policy)), path)
-    _require_no_quantizable_weight(layer, policy, path)
+    quantize_built(layer, policy)
     if _casts_outputs(policy):
         _cast_outputs(layer)
     if policy.compute_dtype in HALF_DTYPES or policy.variable_dtype in HALF_DTYPES:
@@ -75,16 +75,6 @@ def _cast_outputs(layer):
     is_cell = hasattr(layer, "state_size") and not isinstance(layer, keras.layers.RNN)
     if not isinstance(layer, keras.Model) and not is_cell:
         _bridge.specialise(layer, CastsOutputs)
-
-
-def _require_no_quantizable_weight(layer, policy, path):
-    if isinstance(policy, QuantizedDTypePolicy) and any(len(v.shape) > 1 for v in _bridge.own_variables(layer)):
-        raise ValueError(
-            f"Layer '{path}' has weights to store as '{policy.quantization_mode}', and this release of "
-            f"keras_precision names quantized formats but does not implement them yet. Received: {policy!r}. "
-            f"Pass the source policy '{policy.source_policy.name}', or Keras's own quantized policy by "
-            "`keras.dtype_policies.get(...)`."
-        )
 
 
 def _regularize_in_float32(layer):

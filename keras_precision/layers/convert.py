@@ -4,7 +4,7 @@ import warnings
 
 import keras
 
-from keras_precision import _bridge, _bridge_optimizers, hardware
+from keras_precision import _bridge, _bridge_optimizers, _bridge_variables, hardware
 from keras_precision.layers.after_build import after_build
 from keras_precision.policies import registry
 from keras_precision.policies.policy_map import DTypePolicyMap
@@ -50,7 +50,7 @@ def set_policy(model: keras.Layer, policy) -> None:
         change_policy(layer, new_policy, attach=policy if keeps_map else new_policy)
     _bridge.refresh_symbolic_dtypes(model)
     for trainer in _bridge.trainers(model):
-        _compile_again(trainer)
+        compile_again(trainer)
     if isinstance(policy, DTypePolicyMap):
         report_unmatched(policy)
 
@@ -99,7 +99,7 @@ def change_policy(layer: keras.Layer, policy: keras.DTypePolicy, attach: keras.D
     if after != before:
         for variable in _bridge.own_variables(layer):
             if _bridge.stored_dtype(variable) == before:
-                _bridge.convert_variable(variable, after)
+                _bridge_variables.convert_variable(variable, after)
     if layer.built:
         after_build(layer)
         finalize = getattr(layer, "finalize_state", None)  # Normalization keeps its statistics in the compute dtype
@@ -107,14 +107,21 @@ def change_policy(layer: keras.Layer, policy: keras.DTypePolicy, attach: keras.D
             finalize()
 
 
-def _compile_again(model):
+def compile_again(model: keras.Model, keeps_state: bool = True) -> None:
+    """Compiles a model with the arguments of its last `compile`.
+
+    Args:
+        model: compiled.
+        keeps_state: whether the new optimizer goes on with the old one's
+            variables, which needs the same weights to be trained.
+    """
     old = model.optimizer
     arguments = _bridge.compile_arguments(model)
     optimizer = arguments.get("optimizer")
     if optimizer is not None:
         arguments["optimizer"] = type(optimizer).from_config(optimizer.get_config())
     model.compile(**arguments)
-    if old is not None and old.built:
+    if keeps_state and old is not None and old.built:
         _carry_state(old, model)
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 import keras
 from keras import ops
 
-from keras_precision import _bridge, rounding
+from keras_precision import _bridge, _bridge_variables, rounding
 from keras_precision.delegation import DelegatesSettings
 from keras_precision.dtypes import HALF_DTYPES
 
@@ -111,7 +111,7 @@ class LowPrecision(DelegatesSettings, keras.optimizers.Optimizer):
         self._compensations = []
         for variable in variables:
             is_half = _bridge.stored_dtype(variable) in HALF_DTYPES
-            self._stand_ins.append(_bridge.stand_in(variable, "float32") if is_half else variable)
+            self._stand_ins.append(_bridge_variables.stand_in(variable, "float32") if is_half else variable)
             compensated = is_half and self.rounding == "kahan"
             self._compensations.append(
                 self.add_variable_from_reference(variable, name="compensation") if compensated else None
@@ -124,7 +124,7 @@ class LowPrecision(DelegatesSettings, keras.optimizers.Optimizer):
             if self._keeps_float32_weights:
                 stand_in.assign(ops.cast(variable.value, "float32"))
             else:
-                _bridge.release(stand_in)
+                _bridge_variables.release(stand_in)
         super().build(variables)
 
     def _halves(self):
@@ -196,7 +196,7 @@ class LowPrecision(DelegatesSettings, keras.optimizers.Optimizer):
             rounded = rounding.nearest(value, dtype)
         weight.assign(rounded)
         if not self._keeps_float32_weights:
-            _bridge.release(stand_in)
+            _bridge_variables.release(stand_in)
 
     def _seed_of(self, place, step):
         # Odd multipliers keep the seeds of different weights and steps apart (Knuth's multiplicative hashing).

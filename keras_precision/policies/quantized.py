@@ -1,11 +1,10 @@
 """Quantized dtype policies as immutable values."""
 
 import difflib
-import re
 
 import keras
 
-from keras_precision.formats import FORMATS
+from keras_precision.formats import FORMATS, Format
 from keras_precision.policies.policy import DTypePolicy, default_name, parse_or_suggest
 
 
@@ -14,7 +13,8 @@ class QuantizedDTypePolicy(DTypePolicy, keras.dtype_policies.QuantizedDTypePolic
     """Stores a layer's weights in a quantized format and computes in a source policy.
 
     Args:
-        mode: str, `"<format>"` or `"<format>/<block_size>"`; see
+        mode: str, `"<format>"` or `"<format>/<option>"`, where the option is
+            what the format takes: a block size or a threshold; see
             `keras_precision.formats.FORMATS`.
         source_name: str, name of the float policy that layers without a
             quantizable weight compute in, and that the decoded weights are
@@ -22,7 +22,7 @@ class QuantizedDTypePolicy(DTypePolicy, keras.dtype_policies.QuantizedDTypePolic
 
     Raises:
         TypeError: an argument is not a string.
-        ValueError: unknown format, a block size that the format can't have,
+        ValueError: unknown format, an option that the format can't have,
             or a source that is no float policy.
 
     Example:
@@ -37,7 +37,7 @@ class QuantizedDTypePolicy(DTypePolicy, keras.dtype_policies.QuantizedDTypePolic
         self._set_quantized_state(mode, source_name)
 
     def _set_quantized_state(self, mode, source_name, **extra):
-        entry, block_size = _parse_mode(mode)
+        entry = _parse_mode(mode)
         dtypes = parse_or_suggest(default_name() if source_name is None else source_name)
         if not dtypes.compute.startswith(("float", "bfloat")):
             raise ValueError(
@@ -50,14 +50,19 @@ class QuantizedDTypePolicy(DTypePolicy, keras.dtype_policies.QuantizedDTypePolic
             quantization_mode=entry.name,
             _mode=mode,
             _source_name=dtypes.name,
-            _block_size=entry.default_block_size if block_size is None else block_size,
+            _format=entry,
             **extra,
         )
 
     @property
+    def format(self) -> Format:
+        """The format, with the block size or other option that the mode gives."""
+        return self._format
+
+    @property
     def block_size(self) -> int | None:
         """Elements that share one scale; None where scales are per channel or per tensor."""
-        return self._block_size
+        return self._format.block_size
 
     @property
     def source_policy(self) -> DTypePolicy:
@@ -129,11 +134,10 @@ def quantized_policy(mode: str, source_name: str | None = None) -> QuantizedDTyp
     """Returns the policy of the class that the format asks for.
 
     Args:
-        mode: str, `"<format>"` or `"<format>/<block_size>"`.
+        mode: str, `"<format>"` or `"<format>/<option>"`.
         source_name: str, name of the float policy; None takes the global one's.
     """
-    entry, _ = _parse_mode(mode)
-    policy_class = QuantizedFloat8DTypePolicy if entry.has_amax_history else QuantizedDTypePolicy
+    policy_class = QuantizedFloat8DTypePolicy if _parse_mode(mode).has_amax_history else QuantizedDTypePolicy
     return policy_class(mode, source_name)
 
 
@@ -143,7 +147,7 @@ def _parse_mode(mode):
             f"Expected `mode` to be a string, one of {list(FORMATS)}. Received: mode={mode!r} "
             f"(of type {type(mode).__name__})."
         )
-    name, slash, block = mode.partition("/")
+    name, slash, option = mode.partition("/")
     entry = FORMATS.get(name)
     if entry is None:
         nearest = difflib.get_close_matches(name.lower(), FORMATS, n=1, cutoff=0.4)
@@ -151,12 +155,4 @@ def _parse_mode(mode):
         raise ValueError(
             f"Invalid quantization mode. Expected one of {list(FORMATS)}. Received: mode={mode}.{hint}"
         )
-    if not slash:
-        return entry, None
-    if not re.fullmatch("0|-?[1-9][0-9]*", block):  # int() also takes "064", "6_4" and " 64": one policy, many names
-        raise ValueError(
-            f"Invalid quantization mode. Expected '{name}/<block_size>' with an integer. Received: '{mode}'."
-        )
-    block_size = int(block)
-    entry.check_block_size(block_size, mode)
-    return entry, block_size
+    return entry.with_option(option) if slash else entry

@@ -116,7 +116,13 @@ class LossScaleMonitor(keras.callbacks.Callback):
         if keras.backend.backend() == "jax":
             self.model.jax_state_sync()
         optimizer = self._optimizer
-        return self._batches, optimizer.loss_scale, optimizer.skipped_steps, optimizer.consecutive_skips, optimizer.overflow_place
+        return (
+            self._batches,
+            optimizer.loss_scale,
+            optimizer.skipped_steps,
+            optimizer.consecutive_skips,
+            optimizer.overflow_place,
+        )
 
     def _report(self, noted):
         if noted is None:
@@ -140,7 +146,9 @@ class LossScaleMonitor(keras.callbacks.Callback):
 
 def _owner(model, weight):
     """Returns the path of the layer that made a weight."""
-    owners = [layer for layer in _bridge.flatten_layers(model) if any(v is weight for v in _bridge.own_variables(layer))]
+    owners = [
+        layer for layer in _bridge.flatten_layers(model) if any(v is weight for v in _bridge.own_variables(layer))
+    ]
     return _bridge.layer_path(owners[0]) if owners else weight.path.rpartition("/")[0]
 
 

@@ -18,7 +18,9 @@ from keras_precision.policies.quantized import quantized_policy
 EXPECTED_FORMATS = {
     "int8": (8, None, False),
     "int8-weight-only": (8, None, False),
+    "llm-int8": (8, None, False),
     "int4": (4, 64, False),
+    "int4-dq": (4, 64, False),
     "nf4": (4, 64, False),
     "nf4-dq": (4, 64, False),
     "fp4": (4, 64, False),
@@ -28,17 +30,19 @@ EXPECTED_FORMATS = {
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 BLOCKED = [name for name, (_, block_size, _) in EXPECTED_FORMATS.items() if block_size]
 UNBLOCKED = [name for name in EXPECTED_FORMATS if name not in BLOCKED]
+THRESHOLDS = ("llm-int8",)
 
 modes = (
     st.sampled_from(UNBLOCKED)
     | st.sampled_from(BLOCKED)
     | st.builds("{}/{}".format, st.sampled_from(BLOCKED), st.sampled_from(BLOCK_SIZES))
+    | st.builds("{}/{:g}".format, st.sampled_from(THRESHOLDS), st.floats(0.01, 100))
 )
 sources = st.builds(lambda *dtypes: DTypes(*dtypes).name, *[st.sampled_from(FLOATS)] * 3)
 
 
 def test_formats_are_those_of_the_design():
-    found = {name: (entry.bits, entry.default_block_size, entry.has_amax_history) for name, entry in FORMATS.items()}
+    found = {name: (entry.bits, entry.block_size, entry.has_amax_history) for name, entry in FORMATS.items()}
     assert found == EXPECTED_FORMATS
 
 
@@ -46,11 +50,12 @@ def test_formats_are_those_of_the_design():
 @settings(deadline=None)
 def test_attributes_and_config_round_trip(mode, source):
     policy = quantized_policy(mode, source)
-    fmt, _, block_size = mode.partition("/")
+    fmt, _, option = mode.partition("/")
     float_policy = keras_precision.DTypePolicy(source)
     assert policy.name == f"{mode}_from_{source}"
     assert policy.quantization_mode == fmt
-    assert policy.block_size == (int(block_size) if block_size else EXPECTED_FORMATS[fmt][1])
+    assert policy.block_size == (int(option) if option and fmt in BLOCKED else EXPECTED_FORMATS[fmt][1])
+    assert policy.format == (FORMATS[fmt].with_option(option) if option else FORMATS[fmt])
     assert policy.source_policy == float_policy
     for attribute in ("compute_dtype", "variable_dtype", "output_dtype"):
         assert getattr(policy, attribute) == getattr(float_policy, attribute)
@@ -153,7 +158,21 @@ def test_block_size_that_is_no_plain_integer(text):
         QuantizedDTypePolicy(f"nf4/{text}", "float32")
 
 
-@pytest.mark.parametrize("fmt", UNBLOCKED)
+@pytest.mark.parametrize("text, threshold", [("6", 6.0), ("4.5", 4.5), ("0.25", 0.25), ("10", 10.0)])
+def test_threshold_of_large_activations(text, threshold):
+    assert QuantizedDTypePolicy(f"llm-int8/{text}", "float32").format.threshold == threshold
+    assert QuantizedDTypePolicy("llm-int8", "float32").format.threshold == 6
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "0", "-1", "6.0", "06", "+6", "6e0", " 6", "6\n", "inf", "nan", "٦", "9" * 400]
+)
+def test_wrong_thresholds(text):
+    with pytest.raises(ValueError, match="Expected 'llm-int8/<threshold>' with a number > 0 in its shortest form"):
+        QuantizedDTypePolicy(f"llm-int8/{text}", "float32")
+
+
+@pytest.mark.parametrize("fmt", sorted({*UNBLOCKED} - {*THRESHOLDS}))
 def test_formats_without_blocks_refuse_a_block_size(fmt):
     with pytest.raises(ValueError, match=f"'{fmt}' takes no block size. Received: '{fmt}/64'. Pass '{fmt}'"):
         quantized_policy(f"{fmt}/64", "float32")

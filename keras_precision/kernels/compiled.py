@@ -1,0 +1,35 @@
+"""Functions of tensors compiled by XLA."""
+
+import keras
+import numpy as np
+
+
+def compiled(function):
+    """Returns `function`, compiled once for each shape and dtype of its arguments where the backend has XLA.
+
+    Args:
+        function: of tensors only, written in keras.ops. It may be given NumPy
+            arrays, which are read in place if they begin at a multiple of 64
+            bytes and the device shares the host's memory.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return jax.jit(function)
+    if backend == "tensorflow":
+        return _compiled_by_tensorflow(function)
+    return function
+
+
+def _compiled_by_tensorflow(function):
+    import tensorflow as tf
+
+    run = tf.function(function, jit_compile=True, autograph=False)
+
+    def as_tensor(x):
+        is_readable_in_place = isinstance(x, np.ndarray) and x.flags.writeable and x.ctypes.data % 64 == 0
+        # tf.convert_to_tensor copies, which takes as long as encoding does.
+        return tf.experimental.dlpack.from_dlpack(x.__dlpack__()) if is_readable_in_place else tf.convert_to_tensor(x)
+
+    return lambda *arguments: run(*map(as_tensor, arguments))

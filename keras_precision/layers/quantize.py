@@ -1,0 +1,303 @@
+"""Quantizes trained models in place, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+from keras import ops
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from keras_precision import _bridge, _bridge_variables, dtypes
+from keras_precision.formats import Codec
+from keras_precision.layers import convert
+from keras_precision.layers.quantized import QuantizedWeights, commit, has_sites, is_quantized, prepare, restore
+from keras_precision.policies import registry
+from keras_precision.policies.policy_map import DTypePolicyMap
+from keras_precision.policies.quantized import QuantizedDTypePolicy
+from keras_precision.policies.resolve import attached
+from keras_precision.rich_text import RichText
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedLayer:
+    """One row of a report.
+
+    Attributes:
+        path: of the layer.
+        format: mode of its policy, or "" for a layer that keeps float weights.
+        bytes_before: of the layer's own weights, measured from the live arrays.
+        bytes_after: likewise.
+        parameters: elements of the weights that were quantized; of all, where none was.
+        bits_per_parameter: of the quantized weights, scales included; of all, where none was quantized.
+        relative_error: Frobenius norm of the change of the quantized weights over that of the weights; None where
+            none was quantized.
+        note: why a layer with matrices was left as it is, or "".
+    """
+
+    path: str
+    format: str
+    bytes_before: int
+    bytes_after: int
+    parameters: int
+    bits_per_parameter: float
+    relative_error: float | None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationReport(RichText):
+    """What `quantize` did.
+
+    Attributes:
+        layers: rows of all layers that own weights.
+    """
+
+    layers: tuple[QuantizedLayer, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all weights before."""
+        return sum(row.bytes_before for row in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all weights after."""
+        return sum(row.bytes_after for row in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report for JSON."""
+        rows = [dataclasses.asdict(row) for row in self.layers]
+        return {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "layers": rows}
+
+    def __rich__(self) -> Table:
+        table = Table("layer", "format", title=f"{self.bytes_before:,} bytes before, {self.bytes_after:,} after")
+        for heading in ("bytes before", "bytes after", "bits a parameter", "relative error"):
+            table.add_column(heading, justify="right")
+        table.add_column("note")
+        for row in self.layers:
+            error = "" if row.relative_error is None else f"{row.relative_error:.4f}"
+            numbers = (f"{row.bytes_before:,}", f"{row.bytes_after:,}", f"{row.bits_per_parameter:.3f}", error)
+            table.add_row(row.path, row.format, *numbers, row.note)
+        return table
+
+
+def quantize(model: keras.Layer, policy, skip: Iterable = (), verbose: int = 1) -> QuantizationReport:
+    """Stores a trained model's weights quantized, in place, and returns what that did.
+
+    All is encoded before anything is replaced, so that a failure leaves the
+    model as it was. Layers without a weight that can be quantized compute in
+    the policy's source. A compiled model is compiled again, with a new
+    optimizer: quantized weights are not trained.
+
+    Args:
+        model: a built model or layer.
+        policy: a quantized policy, its name (a bare format takes the global
+            policy for its source), or a `DTypePolicyMap` that gives at least
+            one layer a quantized policy.
+        skip: keys as in a `DTypePolicyMap` (names, globs, classes,
+            predicates) of layers to leave as they are.
+        verbose: 0 for no progress bar. There is none in a pipe either.
+
+    Raises:
+        TypeError: `model` is no layer.
+        ValueError: it is not built; a layer is quantized already; no layer is
+            given a quantized policy, or none of those has a weight for it; a
+            weight holds inf or NaN. The model is unchanged then.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64, name="head")])
+        >>> report = quantize(model, "nf4_from_float32")
+        >>> report.layers[0].bits_per_parameter, model.layers[0].dtype_policy.name
+        (4.5, 'nf4_from_float32')
+    """
+    if not isinstance(model, keras.Layer):
+        raise TypeError(f"Expected a Keras model or layer. Received: {model!r} (of type {type(model).__name__}).")
+    policy_map = _as_map(policy)
+    skipped = DTypePolicyMap("float32", {key: "float32" for key in skip})
+    layers = [
+        layer for layer in _bridge.flatten_layers(model) if keras.backend.is_float_dtype(attached(layer).compute_dtype)
+    ]
+    _require_convertible(layers)
+    rules = {id(layer): skipped.rule_for(layer) for layer in layers}
+    kept = {layer for layer, rule in rules.items() if rule is not None}
+    chosen = [(layer, policy_map.resolve(layer)) for layer in layers if id(layer) not in kept]
+    idle = sorted(set(skipped) - set(rules.values()))
+    if idle:
+        raise ValueError(f"Expected keys that match layers in skip. Received: {idle}, which match none.")
+    quantized = [(layer, p) for layer, p in chosen if _codec(p) is not None and has_sites(layer)]
+    if not quantized:
+        raise ValueError(
+            f"Expected a policy that quantizes at least one layer with a weight to quantize. Received: {policy!r}, by "
+            "which none is. `DTypePolicyMap.explain(model)` shows which rule decides for each layer."
+        )
+    before = {id(layer): _own_bytes(layer) for layer in layers}
+    prepared, errors = {}, {}
+    with _progress(verbose) as progress:
+        task = progress.add_task("quantize", total=len(quantized))
+        for layer, p in quantized:
+            prepared[id(layer)] = prepare(layer, _codec(p))
+            errors[id(layer)] = _error_of(prepared[id(layer)])
+            progress.advance(task)
+    for layer, p in chosen:
+        if id(layer) in prepared:
+            commit(prepared.pop(id(layer)))
+        inside = len(_bridge.flatten_layers(layer)) > 1
+        convert.change_policy(layer, p, attach=policy_map if inside and isinstance(policy, DTypePolicyMap) else p)
+    _refresh(model)
+    if isinstance(policy, DTypePolicyMap):
+        convert.report_unmatched(policy)
+    rows = [
+        _row(layer, before[id(layer)], errors.get(id(layer)), id(layer) in kept)
+        for layer in layers
+        if before[id(layer)]
+    ]
+    return QuantizationReport(tuple(rows))
+
+
+def dequantize(model: keras.Layer) -> None:
+    """Gives a model's quantized layers plain float weights again, of the values that they compute with, in place.
+
+    Their policies become the sources. LoRA weights stay as they are. A
+    compiled model is compiled again, with a new optimizer.
+
+    Args:
+        model: a model or layer.
+
+    Raises:
+        TypeError: `model` is no layer.
+        ValueError: no layer in it is quantized.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
+        >>> report = quantize(model, "nf4_from_float32")
+        >>> dequantize(model)
+        >>> model.layers[0].dtype_policy.name, model.layers[0].kernel.dtype
+        ('float32', 'float32')
+    """
+    if not isinstance(model, keras.Layer):
+        raise TypeError(f"Expected a Keras model or layer. Received: {model!r} (of type {type(model).__name__}).")
+    layers = _bridge.flatten_layers(model)
+    if not any(is_quantized(layer) for layer in layers):
+        raise ValueError("Expected a model with quantized layers. Received one without. Call quantize first.")
+    for layer in layers:
+        if is_quantized(layer):
+            restore(layer)
+        own = attached(layer)
+        if isinstance(own, QuantizedDTypePolicy):
+            convert.change_policy(layer, own.source_policy)
+    _refresh(model)
+
+
+def merge_lora(model: keras.Layer) -> None:
+    """Adds the LoRA weights of a model's quantized layers to their base weights, encoded anew, and removes them.
+
+    Args:
+        model: a model or layer.
+
+    Raises:
+        ValueError: no quantized layer in it has LoRA weights.
+    """
+    layers = [
+        x
+        for x in _bridge.flatten_layers(model)
+        if isinstance(x, QuantizedWeights) and getattr(x, "lora_enabled", False)
+    ]
+    if not layers:
+        raise ValueError("Expected a model with LoRA weights on quantized layers. Received one without.")
+    for layer in layers:
+        layer.merge_lora()
+    _refresh(model)
+
+
+def _as_map(policy):
+    if policy is None:
+        raise ValueError(
+            "Expected a policy, its name, or a DTypePolicyMap. Received: None. Pass a quantized policy's name."
+        )
+    if isinstance(policy, DTypePolicyMap):
+        return policy
+    policy = registry.get(policy)
+    if not isinstance(policy, QuantizedDTypePolicy):
+        raise ValueError(f"Expected a quantized policy. Received: {policy!r}. set_policy converts to float policies.")
+    return DTypePolicyMap(policy)
+
+
+def _codec(policy):
+    codec = getattr(policy, "format", None)
+    return codec if isinstance(codec, Codec) else None
+
+
+def _require_convertible(layers):
+    for layer in layers:
+        path = _bridge.layer_path(layer)
+        if not layer.built:
+            raise ValueError(
+                f"Layer '{path}' is not built, so it has no weights to quantize. Call the model on data first."
+            )
+        if is_quantized(layer) or _bridge.is_quantized(layer):
+            raise ValueError(
+                f"Layer '{path}' is quantized already ('{layer.dtype_policy.name}'). Call dequantize(model) first; that "
+                "gives the weights it computes with, not those of before."
+            )
+
+
+def _own_bytes(layer):
+    return sum(math.prod(v.shape) * dtypes.nbytes(_bridge.stored_dtype(v)) for v in _bridge.own_variables(layer))
+
+
+def _error_of(prepared):
+    """Returns the relative error of a layer's encoded weights, one at a time in memory."""
+    change, norm = 0.0, 0.0
+    for attribute, (encoded, arrays) in prepared.weights.items():
+        value = ops.cast(_bridge_variables.value_of(vars(prepared.layer)[attribute]), "float32")
+        decoded = encoded.decoded_from(arrays)
+        change += float(ops.sum(ops.square(ops.subtract(decoded, value))))
+        norm += float(ops.sum(ops.square(value)))
+    return (change / norm) ** 0.5 if norm else 0.0
+
+
+def _row(layer, bytes_before, error, is_skipped):
+    own = _bridge.own_variables(layer)
+    parameters, nbytes = sum(math.prod(v.shape) for v in own), _own_bytes(layer)
+    note = ""
+    if is_quantized(layer):
+        encoded = layer.encoded_weights.values()
+        parameters, stored = sum(math.prod(e.shape) for e in encoded), sum(e.nbytes for e in encoded)
+    else:
+        stored = nbytes
+        if any(len(v.shape) > 1 for v in own):
+            note = "skipped" if is_skipped else "no site" if isinstance(attached(layer), QuantizedDTypePolicy) else ""
+    mode = layer.dtype_policy.name.partition("_from_")[0] if is_quantized(layer) else ""
+    return QuantizedLayer(
+        _bridge.layer_path(layer), mode, bytes_before, nbytes, parameters, stored * 8 / parameters, error, note
+    )
+
+
+def _refresh(model):
+    """Makes a model's symbolic tensors and compiled functions follow its layers."""
+    _bridge.refresh_symbolic_dtypes(model)
+    for layer in _bridge.flatten_layers(model):
+        if isinstance(layer, keras.Model):
+            layer.train_function = layer.test_function = layer.predict_function = None
+    for trainer in _bridge.trainers(model):
+        convert.compile_again(trainer, keeps_state=False)
+
+
+def _progress(verbose):
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not verbose or not console.is_terminal,
+    )
