@@ -1,6 +1,6 @@
 """Validation loss of a character-level transformer under each way of storing its weights, beside stock Keras's.
 
-    python benchmarks/text_loss.py --parallel 7               # on a GPU with 16 cores about 2 minutes
+python benchmarks/text_loss.py --parallel 7               # on a GPU with 16 cores about 2 minutes
 """
 
 import argparse

@@ -14,7 +14,8 @@ CASES = {"import_time": 1, "get_policy": 1, "resolve_rules": 3, "layer_call": 8}
 
 def test_every_benchmark_is_run_here():
     scripts = {script.stem for script in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts - {"timing", "quantize"} == set(CASES)
+    modules = {"timing", "digits_task", "text_task"}
+    assert scripts - modules == set(CASES) | {"quantize", "convergence", "train_step", "text_loss"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -49,3 +50,41 @@ def test_quantize_prints_a_row_for_each_format(backend):
     assert [(row[2], row[3]) for row in rows] == measured
     assert all(float(row[4]) >= 0 and float(row[10]) >= 0 for row in rows)
     assert float(rows[0][7]) > 0 and not rows[1][7]  # times as fast as Keras's of as many bits
+
+
+def rows_of(name, backend, *arguments):
+    """The cells of each row that a benchmark prints."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--backends", backend, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if f"│ {backend} " in line
+    ]
+
+
+def test_train_step_prints_both_sides(backend):
+    small = "--layers 1 --width 16 --heads 2 --vocabulary 32 --length 8 --batch 2 --steps 2 --epochs 1".split()
+    rows = rows_of("train_step", backend, *small, "--policies", "mixed_bfloat16,bfloat16")
+    assert [row[1:3] for row in rows] == [[p, s] for p in ("mixed_bfloat16", "bfloat16") for s in ("keras", "ours")]
+    assert all(float(row[3]) > 0 and float(row[4]) > 0 for row in rows)
+    stock, ours = rows[2:]
+    assert stock[7] == stock[8] and ours[7] != ours[8]  # stock Keras's loss stays where it is
+
+
+def test_text_loss_prints_each_way(backend):
+    ways = ("float32", "bfloat16, stochastic (the default)")
+    rows = rows_of("text_loss", backend, "--steps", "2", "--ways", ";".join(ways), "--parallel", "2")
+    assert [row[1] for row in rows] == list(ways)
+    assert all(3 < float(row[2]) < 6 for row in rows)  # ln(96) = 4.6 nats a character before training
+
+
+def test_convergence_prints_a_verdict_for_each_cell(backend):
+    arguments = ("--optimizers", "SGD", "--policies", "bfloat16", "--epochs", "1", "--seeds", "1")
+    rows = rows_of("convergence", backend, *arguments)
+    assert rows and all(row[0] == "SGD" and row[2] == backend for row in rows)
+    assert {row[1] for row in rows} >= {"bfloat16"}

@@ -119,11 +119,11 @@ class LowPrecision(DelegatesSettings, keras.optimizers.Optimizer):
         if self._undecayed or self._undecayed_names:
             undecayed = [s for v, s in zip(variables, self._stand_ins, strict=True) if _is_in(v, self._undecayed)]
             self.inner_optimizer.exclude_from_weight_decay(undecayed, self._undecayed_names)
+        for variable, stand_in in self._halves():  # ScheduleFreeAdamW's slots begin as copies of the weights
+            stand_in.assign(ops.cast(variable.value, "float32"))
         self.inner_optimizer.build(self._stand_ins)
-        for variable, stand_in in self._halves():
-            if self._keeps_float32_weights:
-                stand_in.assign(ops.cast(variable.value, "float32"))
-            else:
+        for _, stand_in in self._halves():
+            if not self._keeps_float32_weights:
                 _bridge_variables.release(stand_in)
         super().build(variables)
 

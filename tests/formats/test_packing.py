@@ -8,9 +8,8 @@ from keras import ops
 
 from keras_precision.formats import packing
 
-codes = st.tuples(st.integers(1, 9), st.integers(1, 5)).flatmap(
-    lambda size: arrays("uint8", (2 * size[0], size[1]), elements=st.integers(0, 15))
-)
+# Few shapes, since JAX compiles for each.
+codes = st.sampled_from([(2, 1), (8, 3)]).flatmap(lambda shape: arrays("uint8", shape, elements=st.integers(0, 15)))
 
 
 @given(codes=codes, is_odd=st.booleans())

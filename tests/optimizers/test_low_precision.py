@@ -297,3 +297,12 @@ def test_bad_input():
     optimizer.build([weight_of("bfloat16")])
     with pytest.raises(ValueError, match="Unknown variable"):
         optimizer.apply([ops.ones((1000,))], [weight_of("bfloat16")])
+
+
+def test_slots_that_begin_as_copies_of_the_weights_do():
+    """ScheduleFreeAdamW averages from where the weights start."""
+    weight = keras.Variable(np.array([1.5, -2.0]), dtype="bfloat16")
+    optimizer = LowPrecision(keras.optimizers.ScheduleFreeAdamW(0.1))
+    optimizer.build([weight])
+    (momentum,) = [v for v in optimizer.variables if v.name.endswith("momentum")]
+    np.testing.assert_array_equal(ops.convert_to_numpy(momentum), [1.5, -2.0])
