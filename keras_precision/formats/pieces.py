@@ -17,7 +17,7 @@ from keras_precision.formats import host
 from keras_precision.kernels.compiled import compiled
 
 LARGE = 2**20
-"""Elements from which on a matrix is worth the 0.2 s that XLA takes to compile; NumPy encodes as many in 10 ms."""
+"""Elements from which on a matrix is worth the 0.2 s that XLA takes to compile; NumPy encodes as many in 15 ms."""
 
 # Elements a piece: NumPy's arrays of so many stay in a core's second-level cache, XLA's work makes up for the call.
 _HOST_ELEMENTS = 2**17

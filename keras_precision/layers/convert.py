@@ -6,6 +6,7 @@ import keras
 
 from keras_precision import _bridge, _bridge_optimizers, _bridge_variables, hardware
 from keras_precision.layers.after_build import after_build
+from keras_precision.layers.quantized import is_quantized
 from keras_precision.policies import registry
 from keras_precision.policies.policy_map import DTypePolicyMap
 from keras_precision.policies.quantized import QuantizedDTypePolicy
@@ -75,10 +76,15 @@ def _require_convertible(layer, policy):
             f"Layer '{path}' holds weights that Keras quantized ('{layer.dtype_policy.name}'), which a float policy "
             "can't convert. Load the float model and convert that."
         )
+    if is_quantized(layer):
+        raise ValueError(
+            f"Layer '{path}' stores its weights as '{layer.dtype_policy.name}', which a float policy can't convert. "
+            "Call keras_precision.dequantize(model) first."
+        )
     if isinstance(policy, QuantizedDTypePolicy) or policy.quantization_mode is not None:
         raise ValueError(
             f"Expected a float policy for layer '{path}'. Received: {policy!r}. "
-            "Use Keras's `layer.quantize` for Keras's quantized policies."
+            "keras_precision.quantize stores weights quantized; Keras's `layer.quantize` is for Keras's own policies."
         )
     if not keras.backend.is_float_dtype(policy.compute_dtype):
         raise ValueError(f"Expected a float policy for layer '{path}'. Received: {policy!r}. Pass 'float32'.")

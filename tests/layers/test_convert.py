@@ -209,7 +209,7 @@ def test_bad_input_names_the_layer_and_changes_nothing(backend):
         ("flaot16", ValueError, "Did you mean 'float16'"),
         ("int32", ValueError, "Expected a float policy for layer"),
         ("nf4_from_float32", ValueError, "Expected a float policy for layer"),
-        (keras.dtype_policies.get("int8_from_float32"), ValueError, "Use Keras's `layer.quantize`"),
+        (keras.dtype_policies.get("int8_from_float32"), ValueError, "Keras's `layer.quantize`"),
     ]:
         with pytest.raises(error, match=match):
             kp.set_policy(model, bad)

@@ -129,6 +129,8 @@ def test_quantizing_twice_and_unbuilt_models_are_refused():
     assert is_quantized(model.get_layer("hidden"))
     with pytest.raises(ValueError, match="quantized already"):
         kp.quantize(model, "nf4_from_float32")
+    with pytest.raises(ValueError, match="dequantize"):
+        kp.set_policy(model, "bfloat16")
     with pytest.raises(ValueError, match="not built"):
         kp.quantize(keras.Sequential([layers.Dense(4)]), "nf4_from_float32")
     with pytest.raises(TypeError, match="Expected a Keras model"):
