@@ -74,9 +74,14 @@ class QuantizedWeights:
         self.lora_enabled, self.lora_rank, self.lora_alpha = False, None, None
 
     def save_own_variables(self, store):
-        """Writes parts under `<weight>.<part>` and other variables under their names."""
+        """Writes parts under `<weight>.<part>` and other variables under their names, and LoRA's factor beside them.
+
+        Keras's Dense and Embedding build with `lora_alpha` equal to the rank whatever their config says.
+        """
         for name, variable in self._saved().items():
             store[name] = ops.convert_to_numpy(variable)
+        if getattr(self, "lora_enabled", False):
+            store["lora_alpha"] = np.asarray(self.lora_alpha)
 
     def load_own_variables(self, store):
         """Reads what `save_own_variables` wrote, or a float layer's variables, which are quantized as they come.
@@ -88,10 +93,11 @@ class QuantizedWeights:
         if keys and keys <= {str(place) for place in range(len(keys))}:
             self._load_float(store, len(keys))
             return
-        if keys != set(expected):
+        numbers = {"lora_alpha"} if getattr(self, "lora_enabled", False) else set()
+        if keys != set(expected) | numbers:
             raise ValueError(
                 f"Layer '{_bridge.layer_path(self)}' with policy '{self.dtype_policy.name}' can't read this file. "
-                f"Missing: {sorted(set(expected) - keys)}. Not expected: {sorted(keys - set(expected))}. "
+                f"Missing: {sorted({*expected, *numbers} - keys)}. Not expected: {sorted(keys - {*expected, *numbers})}. "
                 "Load it with the policy that it was saved with."
             )
         for name, variable in expected.items():
@@ -100,6 +106,8 @@ class QuantizedWeights:
             if np.issubdtype(np.dtype(_bridge.stored_dtype(variable)), np.integer):
                 self._require(name, value.dtype.name, _bridge.stored_dtype(variable))
             variable.assign(value)
+        for name in numbers:
+            setattr(self, name, np.asarray(store[name]).item())
 
     def _load_float(self, store, count):
         if count != len(self.float_order):

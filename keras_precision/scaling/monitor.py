@@ -53,13 +53,13 @@ class LossScaleMonitor(keras.callbacks.Callback):
         ImportError: `log_dir` without tensorboard installed.
 
     Example:
-        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, name="head")])
+        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, name="head")], name="model")
         >>> model.compile(LossScaleOptimizer("sgd", initial_scale=4.0), "mse")
         >>> monitor = LossScaleMonitor(verbose=0)
         >>> data = ops.convert_to_tensor([[1.0], [float("inf")]])
         >>> history = model.fit(data, data, batch_size=1, shuffle=False, verbose=0, callbacks=[monitor])
         >>> history.history["loss_scale"], history.history["skipped_steps"], monitor.overflows[0].layer
-        ([2.0], [1], 'sequential/head')
+        ([2.0], [1], 'model/head')
     """
 
     def __init__(self, check_every: int | None = None, log_dir: str | None = None, verbose: int = 1):
