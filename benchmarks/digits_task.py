@@ -151,19 +151,44 @@ def without_dtypes(model: keras.Sequential) -> dict[str, Any]:
 
 
 def train(trial: Trial, optimizer: keras.optimizers.Optimizer) -> Outcome:
-    """Trains a trial's network under the global policy with `fit`, as a user would.
+    """Trains a trial's network and returns where it ended.
+
+    Args:
+        trial: the network, its data and their order.
+        optimizer: what `compile` gets.
+    """
+    return outcome(trial, fit(trial, optimizer))
+
+
+def build(trial: Trial) -> keras.Sequential:
+    """Returns a trial's network with its initial weights, under the global policy."""
+    model = keras.Sequential.from_config(trial.network)
+    model.set_weights(trial.weights)
+    return model
+
+
+def fit(trial: Trial, optimizer: keras.optimizers.Optimizer) -> keras.Sequential:
+    """Returns a trial's network trained under the global policy with `fit`, as a user would.
 
     Args:
         trial: the network, its data and their order.
         optimizer: what `compile` gets.
     """
     keras.utils.set_random_seed(0)
-    model = keras.Sequential.from_config(trial.network)
-    model.set_weights(trial.weights)
+    model = build(trial)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     images, labels = trial.train_images[trial.order], trial.train_labels[trial.order]
     model.fit(images, labels, batch_size=BATCH_SIZE, shuffle=False, verbose=0)
+    return model
 
+
+def outcome(trial: Trial, model: keras.Model) -> Outcome:
+    """Returns a model's loss and accuracy on a trial's images.
+
+    Args:
+        trial: whose images.
+        model: gives logits.
+    """
     every_image = np.concatenate([trial.train_images, trial.test_images])
     logits = model.predict(every_image, batch_size=len(every_image), verbose=0).astype("float32")
     train_logits, test_logits = np.split(logits, [len(trial.train_images)])

@@ -45,7 +45,7 @@ WITHIN = 1.01  # of float32's validation loss
 JUDGED = "bfloat16, stochastic (the default)"
 
 
-def train(way: Way, steps: int, seed: int, learning_rate: float) -> float:
+def train(way: Way, steps: int, seed: int, learning_rate: float | None) -> float:
     """Returns the validation loss after one run, the same data and initial weights for every way."""
     import keras
     import text_task
@@ -59,13 +59,10 @@ def train(way: Way, steps: int, seed: int, learning_rate: float) -> float:
     set_global_policy(way.policy)
     model = text_task.build_transformer()
     text = text_task.standard_library()
-    schedule = keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=learning_rate, warmup_steps=steps // 20)
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.01)
+    optimizer = text_task.make_optimizer(steps, learning_rate)
     if way.rounding:
         optimizer = keras_precision.optimizers.LowPrecision(optimizer, way.rounding, way.master_weights, seed=seed)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    inputs, targets = text_task.batches(text.train, steps, seed)
-    model.fit(inputs, targets, batch_size=text_task.BATCH, verbose=0, shuffle=False)
+    text_task.fit(model, optimizer, text.train, steps, seed)
     return text_task.validation_loss(model, text.validation)
 
 
@@ -83,7 +80,7 @@ def main() -> None:
     parser.add_argument("--backends", default="jax", help="Keras backends, by commas")
     parser.add_argument("--steps", type=int, default=5000, help="of 32 windows of 128 characters")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each way")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, help="the greatest")
     parser.add_argument("--parallel", type=int, default=1, help="ways trained at once")
     parser.add_argument("--ways", default=";".join(WAYS), help="by semicolons")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -16,6 +16,7 @@ BATCH = 32
 WIDTH = 128
 BLOCKS = 2
 HEADS = 4
+LEARNING_RATE = 5e-4
 # What occurs in texts: newline and printable ASCII. All other characters are left out.
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 
@@ -88,6 +89,20 @@ def build_transformer() -> keras.Model:
         x = layers.Add()([x, layers.Dense(WIDTH, name=f"mlp_out_{block}")(hidden)])
     x = layers.LayerNormalization(name="norm")(x)
     return keras.Model(characters, layers.Dense(len(ALPHABET), name="head")(x), name="text")
+
+
+def make_optimizer(steps: int, learning_rate: float | None = None) -> keras.optimizers.Optimizer:
+    """Returns AdamW whose rate rises for a twentieth of the steps and then decays to zero."""
+    greatest = learning_rate or LEARNING_RATE
+    schedule = keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=greatest, warmup_steps=steps // 20)
+    return keras.optimizers.AdamW(schedule, weight_decay=0.01)
+
+
+def fit(model: keras.Model, optimizer: keras.optimizers.Optimizer, text: np.ndarray, steps: int, seed: int) -> None:
+    """Trains a model on windows drawn at random from a text."""
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    inputs, targets = batches(text, steps, seed)
+    model.fit(inputs, targets, batch_size=BATCH, verbose=0, shuffle=False)
 
 
 def validation_loss(model: keras.Model, text: np.ndarray, windows: int = 512) -> float:

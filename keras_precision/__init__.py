@@ -3,7 +3,15 @@
 from keras_precision import _bridge, _bridge_optimizers, dtypes, hardware, optimizers, scaling
 from keras_precision.dtypes import safe_mask_value
 from keras_precision.install import hooks
-from keras_precision.layers import QuantizationReport, dequantize, merge_lora, quantize, register_site, set_policy
+from keras_precision.layers import (
+    QuantizationReport,
+    dequantize,
+    enable_lora,
+    merge_lora,
+    quantize,
+    register_site,
+    set_policy,
+)
 from keras_precision.policies import (
     SAFE_LAYERS,
     DTypePolicy,
@@ -45,6 +53,7 @@ __all__ = [
     "deserialize",
     "dtype_policy",
     "dtypes",
+    "enable_lora",
     "get",
     "global_policy",
     "hardware",

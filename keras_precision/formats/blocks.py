@@ -89,6 +89,6 @@ def spread(scale, block_size: int, rows: int):
     Returns:
         Tensor (rows, n).
     """
-    n_blocks, n = scale.shape
+    n_blocks, n = ops.shape(scale)  # n is not known where a table's rows are looked up for batches of any size
     repeated = ops.broadcast_to(ops.expand_dims(scale, 1), (n_blocks, block_size, n))
     return ops.reshape(repeated, (n_blocks * block_size, n))[:rows]

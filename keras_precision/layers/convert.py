@@ -113,6 +113,16 @@ def change_policy(layer: keras.Layer, policy: keras.DTypePolicy, attach: keras.D
             finalize()
 
 
+def refresh(model: keras.Layer) -> None:
+    """Makes a model's symbolic tensors, compiled functions and optimizer follow its layers, whose variables changed."""
+    _bridge.refresh_symbolic_dtypes(model)
+    for layer in _bridge.flatten_layers(model):
+        if isinstance(layer, keras.Model):
+            layer.train_function = layer.test_function = layer.predict_function = None
+    for trainer in _bridge.trainers(model):
+        compile_again(trainer, keeps_state=False)
+
+
 def compile_again(model: keras.Model, keeps_state: bool = True) -> None:
     """Compiles a model with the arguments of its last `compile`.
 

@@ -16,9 +16,16 @@ from rich.table import Table
 from keras_precision import _bridge, _bridge_variables, dtypes
 from keras_precision.formats import Codec
 from keras_precision.layers import convert
-from keras_precision.layers.quantized import QuantizedWeights, commit, has_sites, is_quantized, prepare, restore
+from keras_precision.layers.quantized import (
+    commit,
+    has_sites,
+    is_quantized,
+    keep_lora_in_policy,
+    prepare,
+    restore,
+)
 from keras_precision.policies import registry
-from keras_precision.policies.policy_map import DTypePolicyMap
+from keras_precision.policies.policy_map import DTypePolicyMap, layers_matching
 from keras_precision.policies.quantized import QuantizedDTypePolicy
 from keras_precision.policies.resolve import attached
 from keras_precision.rich_text import RichText
@@ -119,17 +126,12 @@ def quantize(model: keras.Layer, policy, skip: Iterable = (), verbose: int = 1) 
     if not isinstance(model, keras.Layer):
         raise TypeError(f"Expected a Keras model or layer. Received: {model!r} (of type {type(model).__name__}).")
     policy_map = _as_map(policy)
-    skipped = DTypePolicyMap("float32", {key: "float32" for key in skip})
     layers = [
         layer for layer in _bridge.flatten_layers(model) if keras.backend.is_float_dtype(attached(layer).compute_dtype)
     ]
     _require_convertible(layers)
-    rules = {id(layer): skipped.rule_for(layer) for layer in layers}
-    kept = {layer for layer, rule in rules.items() if rule is not None}
-    chosen = [(layer, policy_map.resolve(layer)) for layer in layers if id(layer) not in kept]
-    idle = sorted(set(skipped) - set(rules.values()))
-    if idle:
-        raise ValueError(f"Expected keys that match layers in skip. Received: {idle}, which match none.")
+    kept = set(layers_matching(layers, skip, "skip"))
+    chosen = [(layer, policy_map.resolve(layer)) for layer in layers if layer not in kept]
     quantized = [(layer, p) for layer, p in chosen if _codec(p) is not None and has_sites(layer)]
     if not quantized:
         raise ValueError(
@@ -149,11 +151,13 @@ def quantize(model: keras.Layer, policy, skip: Iterable = (), verbose: int = 1) 
             commit(prepared.pop(id(layer)))
         inside = len(_bridge.flatten_layers(layer)) > 1
         convert.change_policy(layer, p, attach=policy_map if inside and isinstance(policy, DTypePolicyMap) else p)
-    _refresh(model)
+        if is_quantized(layer):
+            keep_lora_in_policy(layer)
+    convert.refresh(model)
     if isinstance(policy, DTypePolicyMap):
         convert.report_unmatched(policy)
     rows = [
-        _row(layer, before[id(layer)], errors.get(id(layer)), id(layer) in kept)
+        _row(layer, before[id(layer)], errors.get(id(layer)), layer in kept)
         for layer in layers
         if before[id(layer)]
     ]
@@ -191,28 +195,7 @@ def dequantize(model: keras.Layer) -> None:
         own = attached(layer)
         if isinstance(own, QuantizedDTypePolicy):
             convert.change_policy(layer, own.source_policy)
-    _refresh(model)
-
-
-def merge_lora(model: keras.Layer) -> None:
-    """Adds the LoRA weights of a model's quantized layers to their base weights, encoded anew, and removes them.
-
-    Args:
-        model: a model or layer.
-
-    Raises:
-        ValueError: no quantized layer in it has LoRA weights.
-    """
-    layers = [
-        x
-        for x in _bridge.flatten_layers(model)
-        if isinstance(x, QuantizedWeights) and getattr(x, "lora_enabled", False)
-    ]
-    if not layers:
-        raise ValueError("Expected a model with LoRA weights on quantized layers. Received one without.")
-    for layer in layers:
-        layer.merge_lora()
-    _refresh(model)
+    convert.refresh(model)
 
 
 def _as_map(policy):
@@ -277,16 +260,6 @@ def _row(layer, bytes_before, error, is_skipped):
     return QuantizedLayer(
         _bridge.layer_path(layer), mode, bytes_before, nbytes, parameters, stored * 8 / parameters, error, note
     )
-
-
-def _refresh(model):
-    """Makes a model's symbolic tensors and compiled functions follow its layers."""
-    _bridge.refresh_symbolic_dtypes(model)
-    for layer in _bridge.flatten_layers(model):
-        if isinstance(layer, keras.Model):
-            layer.train_function = layer.test_function = layer.predict_function = None
-    for trainer in _bridge.trainers(model):
-        convert.compile_again(trainer, keeps_state=False)
 
 
 def _progress(verbose):

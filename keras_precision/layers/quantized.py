@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -35,21 +36,23 @@ class QuantizedWeights:
         """Returns a layer of the class that this one was before its weights were quantized."""
         return _bridge.original_class(cls).from_config(config)
 
-    def enable_lora(self, *args, **kwargs):
+    def enable_lora(self, rank, *args, **kwargs):
         """Adds trainable low-rank matrices as the layer's class does, and freezes all else (QLoRA, section 3).
 
         Args:
-            *args: rank and what else the class takes.
+            rank: >= 1.
+            *args: what else the class takes.
             **kwargs: likewise.
         """
         vars(self)["_shows_shapes"] = True
         own = list(_bridge.own_variables(self))
         try:
-            super().enable_lora(*args, **kwargs)
+            super().enable_lora(rank, *args, **kwargs)
         finally:
             del vars(self)["_shows_shapes"]
         for variable in own:
             variable.trainable = False
+        keep_lora_in_policy(self)
 
     def merge_lora(self):
         """Adds the low-rank matrices to the base weight, which is encoded anew, and removes them.
@@ -72,48 +75,70 @@ class QuantizedWeights:
         for name in names:
             _bridge_variables.remove_variable(self, name)
         self.lora_enabled, self.lora_rank, self.lora_alpha = False, None, None
+        keep_lora_in_policy(self)
 
     def save_own_variables(self, store):
-        """Writes parts under `<weight>.<part>` and other variables under their names, and LoRA's factor beside them.
-
-        Keras's Dense and Embedding build with `lora_alpha` equal to the rank whatever their config says.
-        """
-        for name, variable in self._saved().items():
-            store[name] = ops.convert_to_numpy(variable)
-        if getattr(self, "lora_enabled", False):
-            store["lora_alpha"] = np.asarray(self.lora_alpha)
+        """Writes parts under `<weight>.<part>`, other variables under their names, and what tells whether they fit."""
+        values = {name: ops.convert_to_numpy(variable) for name, variable in self._saved().items()}
+        for name, value in {**values, **self._facts(values)}.items():
+            store[name] = value
 
     def load_own_variables(self, store):
         """Reads what `save_own_variables` wrote, or a float layer's variables, which are quantized as they come.
 
         Raises:
-            ValueError: the file's variables are others, or of another shape or dtype.
+            ValueError: the file's variables are others, or of another format, shape or dtype, or damaged.
         """
-        keys, expected = set(store.keys()), self._saved()
+        keys, variables = set(store.keys()), self._saved()
         if keys and keys <= {str(place) for place in range(len(keys))}:
             self._load_float(store, len(keys))
             return
-        numbers = {"lora_alpha"} if getattr(self, "lora_enabled", False) else set()
-        if keys != set(expected) | numbers:
+        facts = self._facts({})
+        expected = {*variables, *facts}
+        if keys != expected:
             raise ValueError(
                 f"Layer '{_bridge.layer_path(self)}' with policy '{self.dtype_policy.name}' can't read this file. "
-                f"Missing: {sorted({*expected, *numbers} - keys)}. Not expected: {sorted(keys - {*expected, *numbers})}. "
+                f"Missing: {sorted(expected - keys)}. Not expected: {sorted(keys - expected)}. "
                 "Load it with the policy that it was saved with."
             )
-        for name, variable in expected.items():
-            value = np.asarray(store[name])
-            self._require(name, value.shape, tuple(variable.shape))
-            if np.issubdtype(np.dtype(_bridge.stored_dtype(variable)), np.integer):
-                self._require(name, value.dtype.name, _bridge.stored_dtype(variable))
-            variable.assign(value)
-        for name in numbers:
-            setattr(self, name, np.asarray(store[name]).item())
+        saved_as, own = (bytes(np.asarray(found["format"])).decode() for found in (store, facts))
+        self._require("weights", saved_as, own)
+        values = {}
+        for name, variable in variables.items():
+            values[name] = np.asarray(store[name])
+            self._require(name, values[name].shape, tuple(variable.shape))
+            dtype = _bridge.stored_dtype(variable)
+            if np.issubdtype(np.dtype(dtype), np.integer):
+                self._require(name, values[name].dtype.name, dtype)
+            values[name] = values[name].astype(dtype, copy=False)
+        if self._facts(values)["crc32"] != np.asarray(store["crc32"]):
+            raise ValueError(
+                f"Layer '{_bridge.layer_path(self)}' can't read this file: its variables {sorted(values)} are damaged, "
+                "their checksum is another. Take the file from where it was copied from, or save the model again."
+            )
+        if "lora_alpha" in facts:
+            self._require("lora_alpha", np.asarray(store["lora_alpha"]).item(), self.lora_alpha)
+        for name, variable in variables.items():
+            variable.assign(values[name])
+
+    def _facts(self, values):
+        """Returns what a file holds beside the variables.
+
+        nf4 and fp4 have the same parts, and HDF5 keeps no checksum of a variable.
+        """
+        checksum = functools.reduce(lambda crc, value: zlib.crc32(np.ascontiguousarray(value), crc), values.values(), 0)
+        facts = {
+            "format": np.frombuffer(resolve(self).quantization_mode.encode(), "uint8"),
+            "crc32": np.asarray(checksum, "uint32"),
+        }
+        return facts | ({"lora_alpha": np.asarray(self.lora_alpha)} if getattr(self, "lora_enabled", False) else {})
 
     def _load_float(self, store, count):
         if count != len(self.float_order):
             raise ValueError(
                 f"Layer '{_bridge.layer_path(self)}' expects {len(self.float_order)} float variables "
-                f"{list(self.float_order)}. Received a file with {count}."
+                f"{list(self.float_order)}. Received a file with {count}. Load it with the policy and the model that it was "
+                "saved with."
             )
         others = {v.name: v for v in _bridge.own_variables(self)}
         for place, name in enumerate(self.float_order):
@@ -276,8 +301,23 @@ def quantize_built(layer: keras.Layer, policy: keras.DTypePolicy) -> None:
             )
         return
     prepared = prepare(layer, policy.format)
-    if prepared is not None:
-        commit(prepared)
+    if prepared is None:
+        return
+    commit(prepared)
+    if policy.lora_rank is not None and hasattr(layer, "lora_enabled"):
+        if not layer.lora_enabled:
+            layer.enable_lora(policy.lora_rank, lora_alpha=policy.lora_alpha)
+        layer.lora_alpha = policy.lora_alpha  # Dense and Embedding build with the rank instead, whatever their config says
+    keep_lora_in_policy(layer)
+
+
+def keep_lora_in_policy(layer: keras.Layer) -> None:
+    """Makes a quantized layer's policy tell of its LoRA weights: a file has no other place for a layer within a layer."""
+    policy = layer.dtype_policy
+    if isinstance(policy, QuantizedDTypePolicy):
+        rank, alpha = (layer.lora_rank, layer.lora_alpha) if getattr(layer, "lora_enabled", False) else (None, None)
+        if (rank, alpha) != (policy.lora_rank, policy.lora_alpha):
+            _bridge.attach_policy(layer, policy.with_lora(rank, alpha))
 
 
 def restore(layer: keras.Layer) -> None:

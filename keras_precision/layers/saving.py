@@ -8,6 +8,7 @@ from keras_precision import _bridge
 from keras_precision.layers.convert import change_policy
 from keras_precision.policies import registry
 from keras_precision.policies.policy_map import DTypePolicyMap
+from keras_precision.policies.quantized import QuantizedDTypePolicy
 from keras_precision.policies.resolve import attached
 from keras_precision.policies.scope import policy_scope
 
@@ -19,8 +20,9 @@ def saved_dtype(layer: keras.Layer) -> dict | None:
     """Returns the `dtype` entry of a layer's config, or None for Keras's own.
 
     - A layer without sublayers holds its resolved policy, never a map.
-    - A Keras layer that passes its map on to sublayers (MultiHeadAttention)
-      holds a map of their names, which are fixed.
+    - A Keras layer that passes its map on to sublayers (MultiHeadAttention),
+      or whose sublayers we quantized each in its own way, holds a map of their
+      names, which are fixed.
     - A custom layer whose sublayers differ from it holds their policies in
       order, because their names may change; a quantized sublayer is named
       instead, because it must know its policy before it builds.
@@ -31,10 +33,10 @@ def saved_dtype(layer: keras.Layer) -> dict | None:
         return None
     inner = [child for child in _bridge.flatten_layers(layer)[1:] if _is_float(child)]
     is_keras_class = _bridge.is_keras_class(type(layer))
-    if not is_map and (is_keras_class or not inner):
-        return None
     own = attached(layer)
     policies = [attached(child) for child in inner]
+    if not is_map and is_keras_class and not any(isinstance(p, QuantizedDTypePolicy) for p in (own, *policies)):
+        return None
     if all(policy == own for policy in policies):
         return registry.serialize(own) if is_map else None
     if is_keras_class or any(policy.quantization_mode for policy in policies):
@@ -55,18 +57,23 @@ def _is_float(layer):
 
 
 def _map_by_name(layer, own, inner):
-    rules = {f"path:{layer.name}": own}
-    base = _bridge.layer_path(layer).removesuffix(layer.name)
+    # Paths from the layer on: a loaded model builds its layers outside of its own name scope.
+    inside = f"{_bridge.layer_path(layer)}/"
+    rules = {}
     for child, policy in inner:
         path = _bridge.layer_path(child)
-        key = f"path:{path.removeprefix(base) if path.startswith(f'{base}{layer.name}/') else child.name}"
+        key = f"path:{path.removeprefix(inside) if path.startswith(inside) else child.name}"
         if rules.setdefault(key, policy) != policy:
             raise ValueError(
                 f"Layer '{_bridge.layer_path(layer)}' holds two layers '{key.removeprefix('path:')}' with different "
                 f"policies, {rules[key].name} and {policy.name}, which a file can't tell apart. "
                 "Give its sublayers different names."
             )
-    return DTypePolicyMap(own, rules)
+    # A key matches the end of a path too, so "block/hidden" comes before "hidden", which it may be an exception from.
+    # What needs no rule gets none: Keras numbers the names of layers that were given none.
+    others = [key.removeprefix("path:") for key, policy in rules.items() if policy != own]
+    needed = {k: p for k, p in rules.items() if p != own or any(k.endswith(f"/{other}") for other in others)}
+    return DTypePolicyMap(own, dict(sorted(needed.items(), key=lambda rule: -rule[0].count("/"))))
 
 
 def loading(config):

@@ -1,6 +1,6 @@
 """Policies by layer: ordered rules, each a key and a policy."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import keras
 
@@ -218,3 +218,22 @@ class DTypePolicyMap(keras.dtype_policies.DTypePolicyMap):
     def __repr__(self):
         mapping = [(key, policy.name) for key, policy in self._policy_map.items()]
         return f"<DTypePolicyMap default_policy={self.default_policy.name}, mapping={mapping}>"
+
+
+def layers_matching(layers: Iterable[keras.Layer], keys: Iterable, argument: str) -> list[keras.Layer]:
+    """Returns the layers that one of some keys matches, in their order.
+
+    Args:
+        layers: to choose from.
+        keys: as in a `DTypePolicyMap`.
+        argument: what the user calls the keys.
+
+    Raises:
+        ValueError: a key matches none.
+    """
+    chosen = DTypePolicyMap("float32", {key: "float32" for key in keys})
+    rules_of = {layer: chosen.rule_for(layer) for layer in layers}
+    idle = sorted(set(chosen) - set(rules_of.values()))
+    if idle:
+        raise ValueError(f"Expected keys that match layers in {argument}. Received: {idle}, which match none.")
+    return [layer for layer, rule in rules_of.items() if rule is not None]

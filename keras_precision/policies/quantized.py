@@ -19,11 +19,16 @@ class QuantizedDTypePolicy(DTypePolicy, keras.dtype_policies.QuantizedDTypePolic
         source_name: str, name of the float policy that layers without a
             quantizable weight compute in, and that the decoded weights are
             computed in. None takes the global policy's.
+        lora_rank: int >= 1, rank of the low-rank matrices that a layer trains
+            beside its quantized weight; None for none. `enable_lora` gives
+            layers such policies, so that files hold what it did.
+        lora_alpha: number, by which over the rank their product is
+            multiplied; None for the rank.
 
     Raises:
-        TypeError: an argument is not a string.
+        TypeError: `mode` or `source_name` is not a string.
         ValueError: unknown format, an option that the format can't have,
-            or a source that is no float policy.
+            a source that is no float policy, or a rank that is no integer >= 1.
 
     Example:
         >>> policy = QuantizedDTypePolicy("nf4/128", "bf16-mixed")
@@ -33,8 +38,17 @@ class QuantizedDTypePolicy(DTypePolicy, keras.dtype_policies.QuantizedDTypePolic
         'mixed_bfloat16'
     """
 
-    def __init__(self, mode: str, source_name: str | None = None):
-        self._set_quantized_state(mode, source_name)
+    def __init__(
+        self,
+        mode: str,
+        source_name: str | None = None,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
+    ):
+        if lora_rank is not None and not (isinstance(lora_rank, int) and lora_rank >= 1):
+            raise ValueError(f"Expected lora_rank to be an integer >= 1 or None. Received: lora_rank={lora_rank!r}.")
+        alpha = lora_rank if lora_alpha is None else lora_alpha
+        self._set_quantized_state(mode, source_name, _lora_rank=lora_rank, _lora_alpha=lora_rank and alpha)
 
     def _set_quantized_state(self, mode, source_name, **extra):
         entry = _parse_mode(mode)
@@ -65,12 +79,26 @@ class QuantizedDTypePolicy(DTypePolicy, keras.dtype_policies.QuantizedDTypePolic
         return self._format.block_size
 
     @property
+    def lora_rank(self) -> int | None:
+        """Rank of the low-rank matrices that are trained, None for none."""
+        return self._lora_rank
+
+    @property
+    def lora_alpha(self) -> float | None:
+        """What their product is multiplied by, over the rank."""
+        return self._lora_alpha
+
+    def with_lora(self, rank: int | None, alpha: float | None = None) -> "QuantizedDTypePolicy":
+        """Returns the same policy with low-rank matrices, or without if the rank is None."""
+        return type(self)(**{**self.get_config(), "lora_rank": rank, "lora_alpha": alpha})
+
+    @property
     def source_policy(self) -> DTypePolicy:
         """The float policy that computes."""
         return DTypePolicy(self._source_name)
 
     def _value(self):
-        return (self._name,)
+        return (self._name, self._lora_rank, self._lora_alpha)
 
     def __eq__(self, other):
         if not isinstance(other, keras.DTypePolicy):
@@ -83,7 +111,8 @@ class QuantizedDTypePolicy(DTypePolicy, keras.dtype_policies.QuantizedDTypePolic
 
     def get_config(self) -> dict:
         """Returns the constructor's arguments."""
-        return {"mode": self._mode, "source_name": self._source_name}
+        lora = {"lora_rank": self._lora_rank, "lora_alpha": self._lora_alpha} if self._lora_rank else {}
+        return {"mode": self._mode, "source_name": self._source_name, **lora}
 
 
 @keras.saving.register_keras_serializable(package="keras_precision")
@@ -114,7 +143,8 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy, keras.dtype_policies.Quan
             raise ValueError(
                 f"Expected amax_history_length > 0. Received: amax_history_length={amax_history_length}. Pass 1024."
             )
-        self._set_quantized_state(mode, source_name, _amax_history_length=amax_history_length)
+        lora = {"_lora_rank": None, "_lora_alpha": None}
+        self._set_quantized_state(mode, source_name, _amax_history_length=amax_history_length, **lora)
         if not FORMATS[self._quantization_mode].has_amax_history:
             with_history = [name for name, entry in FORMATS.items() if entry.has_amax_history]
             raise ValueError(

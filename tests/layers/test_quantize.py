@@ -6,6 +6,7 @@ import pytest
 from keras import layers, ops
 
 import keras_precision as kp
+from keras_precision import _bridge
 from keras_precision.layers.quantized import is_quantized
 
 
@@ -170,3 +171,148 @@ def test_tied_embeddings_stay_tied():
     assert [row.parameters for row in report.layers] == [20 * 64]
     weight = ops.convert_to_numpy(table.embeddings)
     np.testing.assert_allclose(model.predict(TOKENS, verbose=0), weight[TOKENS] @ weight.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kwargs: layers.MultiHeadAttention(4, 16, **kwargs),
+        lambda **kwargs: layers.GroupQueryAttention(16, 4, 2, **kwargs),
+    ],
+    ids=["MultiHeadAttention", "GroupQueryAttention"],
+)
+@pytest.mark.parametrize("how", ["dtype", "quantize"])
+def test_attention_is_quantized_through_its_own_weights(make, how, tmp_path):
+    x = np.random.default_rng(0).standard_normal((2, 5, 64)).astype("float32")
+    inputs = keras.Input((5, 64))
+    layer = make(dtype="nf4_from_float32", name="attention") if how == "dtype" else make(name="attention")
+    model = keras.Model(inputs, layer(inputs, inputs))
+    if how == "quantize":
+        report = kp.quantize(model, "nf4_from_float32", verbose=0)
+        assert {row.path: row.format for row in report.layers} == {
+            f"attention/{part}": "nf4" for part in ("query", "key", "value", "attention_output")
+        }
+    assert sum(map(is_quantized, _bridge.flatten_layers(model))) == 4
+    expected = model.predict(x, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert sum(map(is_quantized, _bridge.flatten_layers(loaded))) == 4
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), expected)
+
+
+def test_lora_on_a_whole_model_trains_nothing_else(tmp_path):
+    model = transformer()
+    model.compile("adam", "mse")
+    kp.quantize(model, "nf4-dq_from_float32", skip=["head"], verbose=0)
+    base = model.predict(TOKENS, verbose=0)
+    kp.enable_lora(model, rank=4, lora_alpha=8, skip=[layers.Embedding])
+    names = [v.path for v in model.trainable_variables]
+    assert len(names) == 2 * 5 and all("lora_kernel" in name for name in names)  # four of the attention's, and hidden
+    np.testing.assert_array_equal(model.predict(TOKENS, verbose=0), base)
+    before = state(model)
+    losses = model.fit(TOKENS, np.ones((8, 3), "float32"), epochs=20, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    moved = {path for path, value in state(model).items() if not np.array_equal(value, before[path])}
+    assert {path for path in moved if "seed" not in path} == set(names)
+    tuned = model.predict(TOKENS, verbose=0)
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(keras.saving.load_model(tmp_path / "model.keras").predict(TOKENS, verbose=0), tuned)
+    with pytest.raises(ValueError, match="LoRA weights already"):
+        kp.enable_lora(model, 4)
+    kp.merge_lora(model)
+    assert not any("lora" in v.path for v in model.variables)
+    merged = model.predict(TOKENS, verbose=0)
+    assert np.abs(merged - tuned).max() < np.abs(tuned - base).max()
+
+
+def test_lora_is_refused_where_it_can_not_be():
+    model = transformer()
+    before, policies = state(model), [layer.dtype_policy for layer in model.layers]
+    for attempt, message in (
+        (lambda: kp.enable_lora(model, 4), "Call quantize first"),
+        (lambda: kp.enable_lora(model, 0), "rank >= 1"),
+        (lambda: kp.enable_lora(model, 4, skip=["nowhere"]), "'nowhere'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attempt()
+    assert_unchanged(model, before, policies)
+    assert all(v.trainable for v in model.trainable_variables)
+
+
+class Block(keras.Model):
+    """A subclassed model that makes its layers itself."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = layers.Dense(64, activation="relu", name="hidden")
+        self.head = layers.Dense(3, name="head")
+
+    def call(self, inputs):
+        return self.head(self.hidden(inputs))
+
+
+def test_subclassed_models(tmp_path):
+    model, x = Block(), np.random.default_rng(0).standard_normal((2, 64)).astype("float32")
+    model(x)
+    report = kp.quantize(model, "nf4_from_float32", skip=["head"], verbose=0)
+    assert [row.format for row in report.layers] == ["nf4", ""]
+    expected = model.predict(x, verbose=0)
+    model.save(tmp_path / "model.keras")
+    with keras.utils.custom_object_scope({"Block": Block}):
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert is_quantized(loaded.hidden) and not is_quantized(loaded.head)
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), expected)
+
+
+def test_a_layer_with_lora_is_quantized_and_saved_with_its_factor(tmp_path):
+    model = keras.Sequential([keras.Input((64,)), layers.Dense(64, name="hidden")])
+    hidden, x = model.get_layer("hidden"), np.random.default_rng(0).standard_normal((2, 64)).astype("float32")
+    hidden.enable_lora(2, lora_alpha=8)
+    hidden.lora_kernel_b.assign(0.1 * np.ones(hidden.lora_kernel_b.shape))
+    exact = model.predict(x, verbose=0)
+    kp.quantize(model, "nf4_from_float32", verbose=0)
+    quantized = model.predict(x, verbose=0)
+    assert 0 < np.abs(quantized - exact).max() < 0.2 * np.abs(exact).max()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), quantized)
+    assert loaded.get_layer("hidden").dtype_policy.lora_alpha == 8
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = keras.Sequential([keras.Input((64,)), layers.Dense(64, name="hidden", dtype="nf4_from_float32")])
+    kp.enable_lora(other, 2)
+    with pytest.raises(ValueError, match="'lora_alpha' of 2.*with 8"):
+        other.load_weights(tmp_path / "model.weights.h5")
+
+
+def test_training_with_lora_goes_on_after_a_reload(tmp_path):
+    def made():
+        model = transformer()
+        kp.quantize(model, "nf4_from_float32", verbose=0)
+        kp.enable_lora(model, 2)
+        model.compile("adam", "mse")
+        return model
+
+    targets = np.ones((8, 3), "float32")
+    keras.utils.set_random_seed(0)
+    straight = made()
+    straight.fit(TOKENS, targets, batch_size=8, epochs=4, verbose=0)
+    keras.utils.set_random_seed(0)
+    broken = made()
+    broken.fit(TOKENS, targets, batch_size=8, epochs=2, verbose=0)
+    broken.save(tmp_path / "model.keras")
+    resumed = keras.saving.load_model(tmp_path / "model.keras")
+    assert [v.path for v in resumed.trainable_variables] == [v.path for v in broken.trainable_variables]
+    resumed.fit(TOKENS, targets, batch_size=8, epochs=2, verbose=0)
+    np.testing.assert_allclose(
+        resumed.predict(TOKENS, verbose=0), straight.predict(TOKENS, verbose=0), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_parts_of_an_attention_can_be_left_out(tmp_path):
+    model = transformer()
+    kp.quantize(model, "nf4_from_float32", skip=["attention/key"], verbose=0)
+    expected = model.predict(TOKENS, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert not is_quantized(loaded.get_layer("attention").key_dense)
+    np.testing.assert_array_equal(loaded.predict(TOKENS, verbose=0), expected)

@@ -133,6 +133,21 @@ def test_jit_and_eager_are_equal_and_files_are_exact(fmt, tmp_path):
 
 
 @pytest.mark.parametrize("site", CASES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("fmt", ["nf4-dq", "int8"])
+def test_batches_of_any_size(site, fmt):
+    """`fit` and `predict` compile for a batch whose size is not known."""
+    layer, inputs, outputs = made(site, kp.get(f"{fmt}_from_float32"))
+    model = keras.Sequential([keras.Input(inputs.shape[1:], dtype=inputs.dtype.name), layer])
+    odd = np.concatenate([inputs, inputs, inputs])[:3]
+    expected = np.concatenate([ops.convert_to_numpy(outputs)] * 3)[:3]
+    np.testing.assert_allclose(model.predict(odd, batch_size=2, verbose=0), expected, rtol=1e-4, atol=1e-4)
+    trained = keras.Sequential([model, layers.Dense(1)])
+    trained.compile("sgd", "mse")
+    history = trained.fit(odd, np.ones((*expected.shape[:-1], 1)), batch_size=2, epochs=3, verbose=0).history
+    assert history["loss"][-1] < history["loss"][0]
+
+
+@pytest.mark.parametrize("site", CASES, ids=lambda cls: cls.__name__)
 def test_computes_in_the_source_policy(site):
     layer, _, outputs = made(site, "nf4_from_mixed_bfloat16")
     assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
@@ -185,6 +200,8 @@ def test_lora_is_the_sum_and_merges(make, shape, tmp_path):
     x = draw.integers(0, 11, (5, 3)) if is_table else draw.standard_normal((5, 64)).astype("float32")
     base = model.predict(x, verbose=0)
     layer.enable_lora(2, lora_alpha=4)
+    # As for Keras's own layers: on TensorFlow what was compiled before goes on without. kp.enable_lora compiles anew.
+    model.make_predict_function(force=True)
     np.testing.assert_array_equal(model.predict(x, verbose=0), base)  # b starts at zero
     for variable in layer.trainable_variables:
         variable.assign(0.1 * draw.standard_normal(variable.shape))

@@ -230,3 +230,15 @@ def test_format_without_amax_history(fmt):
         ValueError, match=rf"Expected a format with amax history, one of \['float8'\].*Received: mode={fmt}"
     ):
         QuantizedFloat8DTypePolicy(fmt, "float32")
+
+
+def test_lora_is_part_of_the_value():
+    plain = QuantizedDTypePolicy("nf4", "float32")
+    policy = plain.with_lora(8, 16)
+    assert (policy.lora_rank, policy.lora_alpha, policy.name) == (8, 16, plain.name)
+    assert policy != plain and policy == plain.with_lora(8, 16) != plain.with_lora(8)
+    assert plain.with_lora(8).lora_alpha == 8 and policy.with_lora(None) == plain
+    assert keras_precision.deserialize(keras_precision.serialize(policy)) == policy and "lora_rank" not in plain.get_config()
+    for rank in (0, 1.5):
+        with pytest.raises(ValueError, match="lora_rank to be an integer"):
+            plain.with_lora(rank)
