@@ -21,12 +21,17 @@ $(VENV)/installed-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@
 
+# keras-hub asks for the whole of TensorFlow, which its backbones don't use; the rest of what it asks for is in `test`.
+$(VENV)/keras-hub: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps keras-hub
+	@touch $@
+
 demo: $(VENV)/installed-demo
 	KERAS_BACKEND=jax $(BIN)/keras-precision demo
 
 test: test-jax test-tensorflow keras-tests
 
-test-jax test-tensorflow: test-%: $(VENV)/installed-test
+test-jax test-tensorflow: test-%: $(VENV)/keras-hub
 	KERAS_BACKEND=$* $(PYTEST)
 
 keras-tests: $(VENV)/installed-test

@@ -38,6 +38,11 @@ PATCH_POINTS = (
         "a process-wide global policy with a scope",
     ),
     PatchPoint(
+        "Layer.dtype_policy, its setter (public)",
+        "a quantized policy of ours that a built layer is given stores its weights so, where Keras's `quantize` runs",
+        "`Layer.quantize` asking the policy",
+    ),
+    PatchPoint(
         "Layer.compute_dtype, variable_dtype, quantization_mode, quantized_call",
         "a layer's map and the table of safe layers are resolved before the first call (D14, D19); stock code builds "
         "and calls a plain layer under our quantized policies",
@@ -50,7 +55,7 @@ PATCH_POINTS = (
     ),
     PatchPoint("Layer.add_loss", "auxiliary losses are float32 like the main one (D18)", "add_loss casting to floatx"),
     PatchPoint(
-        "Layer.get_config, serialization_lib.deserialize_keras_object",
+        "Layer.get_config, serialization_lib.serialize_keras_object, deserialize_keras_object",
         "files hold the policies that layers resolved to, sublayers of custom layers included (D11, D13)",
         "configs holding the resolved policy",
     ),
@@ -145,6 +150,14 @@ def _install_layer_dtypes(hooks):
             return self.call(*args, **kwargs)
         return stock_quantized_call(self, *args, **kwargs)
 
+    stock_policy = Layer.dtype_policy
+
+    def set_dtype_policy(self, value):
+        policy = dtype_policies.get(value)
+        if not hooks.takes_policy(self, policy):
+            stock_policy.fset(self, policy)
+
+    Layer.dtype_policy = property(stock_policy.fget, set_dtype_policy, doc=stock_policy.__doc__)
     Layer.compute_dtype = property(lambda self: resolve(self).compute_dtype, doc=Layer.compute_dtype.__doc__)
     Layer.variable_dtype = property(lambda self: resolve(self).variable_dtype, doc=Layer.variable_dtype.__doc__)
     Layer.quantization_mode = property(hooks.quantization_mode, doc=Layer.quantization_mode.__doc__)
@@ -170,6 +183,7 @@ def _install_build_and_losses(hooks):
 
 def _install_saving(hooks):
     stock_get_config = Layer.get_config
+    stock_serialize = serialization_lib.serialize_keras_object
     stock_deserialize = serialization_lib.deserialize_keras_object
     KerasMap = dtype_policies.DTypePolicyMap
     stock_map_get_config = KerasMap.get_config
@@ -184,6 +198,13 @@ def _install_saving(hooks):
             return {**stock_get_config(self), "dtype": dtype}
         finally:
             self._dtype_policy = attached
+
+    @functools.wraps(stock_serialize)
+    def serialize_keras_object(obj):
+        config = stock_serialize(obj)
+        if isinstance(obj, Layer) and "dtype" in config.get("config", {}):  # of a class that does not ask Layer's
+            config["config"]["dtype"] = hooks.saved_dtype(obj) or config["config"]["dtype"]
+        return config
 
     @functools.wraps(stock_deserialize)
     def deserialize_keras_object(config, *args, **kwargs):
@@ -201,7 +222,7 @@ def _install_saving(hooks):
 
     Layer.get_config = get_config
     KerasMap.get_config = map_get_config
-    _rebind({stock_deserialize: deserialize_keras_object})
+    _rebind({stock_serialize: serialize_keras_object, stock_deserialize: deserialize_keras_object})
 
 
 def _renamable(policy):

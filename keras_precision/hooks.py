@@ -17,6 +17,7 @@ class Hooks:
         current_policy: the global policy, or None if none was set.
         replace_policy: sets the global policy.
         resolve: layer -> the policy that decides its dtypes.
+        takes_policy: (layer, policy that it is given) -> whether that has been done, or else Keras does it.
         quantization_mode: layer -> mode of Keras's own quantization or None.
         after_build: called with each layer that has built.
         saved_dtype: layer -> `dtype` entry of its config, or None for Keras's.
@@ -31,6 +32,7 @@ class Hooks:
     current_policy: Callable[[], keras.DTypePolicy | None]
     replace_policy: Callable[[keras.DTypePolicy], None]
     resolve: Callable[[keras.Layer], keras.DTypePolicy]
+    takes_policy: Callable[[keras.Layer, keras.DTypePolicy], bool]
     quantization_mode: Callable[[keras.Layer], str | None]
     after_build: Callable[[keras.Layer], None]
     saved_dtype: Callable[[keras.Layer], dict | None]

@@ -3,7 +3,7 @@
 from keras_precision.attach import wrapped_for
 from keras_precision.hooks import Hooks
 from keras_precision.layers.after_build import after_build
-from keras_precision.layers.convert import report_unmatched_of
+from keras_precision.layers.convert import report_unmatched_of, takes_policy
 from keras_precision.layers.float32_inside import compute_in_float32, in_float32
 from keras_precision.layers.saving import loading, saved_dtype
 from keras_precision.policies import registry, resolve, scope
@@ -21,6 +21,7 @@ hooks = Hooks(
     current_policy=scope.current,
     replace_policy=scope.replace,
     resolve=resolve,
+    takes_policy=takes_policy,
     quantization_mode=keras_quantization_mode,
     after_build=after_build,
     saved_dtype=saved_dtype,

@@ -113,6 +113,28 @@ def change_policy(layer: keras.Layer, policy: keras.DTypePolicy, attach: keras.D
             finalize()
 
 
+def takes_policy(layer: keras.Layer, policy: keras.DTypePolicy) -> bool:
+    """Attaches a quantized policy or a map of ours that a layer is given by assignment; returns whether it was one.
+
+    A built layer's own weights are stored as the policy says, as those of a layer that builds under it. A model's
+    layers keep theirs.
+
+    Raises:
+        ValueError: the layer is quantized already.
+    """
+    if is_quantized(layer) and policy != layer.dtype_policy:
+        raise ValueError(
+            f"Layer '{_bridge.layer_path(layer)}' stores its weights as '{layer.dtype_policy.name}', which another policy "
+            "can't change. Call keras_precision.dequantize(layer) first."
+        )
+    if not isinstance(policy, QuantizedDTypePolicy | DTypePolicyMap):
+        return False
+    _bridge.attach_policy(layer, policy)
+    if layer.built:
+        after_build(layer)
+    return True
+
+
 def refresh(model: keras.Layer) -> None:
     """Makes a model's symbolic tensors, compiled functions and optimizer follow its layers, whose variables changed."""
     _bridge.refresh_symbolic_dtypes(model)
@@ -165,6 +187,11 @@ def report_unmatched_of(model: keras.Model) -> None:
     """Warns of rules that have decided for no layer, in the maps that a built model's layers hold."""
     layers = _bridge.flatten_layers(model)
     if all(layer.built for layer in layers):
-        maps = {id(p): p for p in (layer.dtype_policy for layer in layers) if isinstance(p, DTypePolicyMap)}
-        for policy_map in maps.values():
-            report_unmatched(policy_map)
+        maps = list(
+            {id(p): p for p in (layer.dtype_policy for layer in layers) if isinstance(p, DTypePolicyMap)}.values()
+        )
+        while maps:
+            # Inputs hold copies of a global map. A rule has decided if it did in one of them.
+            alike = [other for other in maps if other == maps[0]]
+            maps = [other for other in maps if other != maps[0]]
+            report_unmatched(min(alike, key=lambda policy_map: len(policy_map.unmatched())))

@@ -21,6 +21,10 @@ def enable_lora(model: keras.Layer, rank: int, lora_alpha: float | None = None, 
     convolutions) stay frozen. A compiled model is compiled again, with a new
     optimizer. `layer.enable_lora(rank)` does the same to one layer.
 
+    Layers that have matrices of this rank already keep them, so a model of a
+    class that makes its layers itself (keras-hub's), whose files do not say
+    what is frozen, is frozen again by calling this after loading.
+
     Args:
         model: a model or layer.
         rank: >= 1.
@@ -28,8 +32,8 @@ def enable_lora(model: keras.Layer, rank: int, lora_alpha: float | None = None, 
         skip: keys as in a `DTypePolicyMap` of layers to leave without.
 
     Raises:
-        ValueError: the rank is less than 1, a layer has LoRA weights already,
-            or no quantized layer can have them; the model is unchanged then.
+        ValueError: the rank is less than 1, a layer has LoRA weights of
+            another rank or factor, or no quantized layer can have them; the model is unchanged then.
 
     Example:
         >>> from keras_precision import quantize
@@ -52,13 +56,17 @@ def enable_lora(model: keras.Layer, rank: int, lora_alpha: float | None = None, 
         raise ValueError(
             "Expected a model with quantized layers that can have LoRA weights. Received one without. Call quantize first."
         )
+    wanted = rank, rank if lora_alpha is None else lora_alpha
     for layer in able:
-        if getattr(layer, "lora_enabled", False):
+        if layer.lora_enabled and (layer.lora_rank, layer.lora_alpha) != wanted:
             raise ValueError(
-                f"Layer '{_bridge.layer_path(layer)}' has LoRA weights already. Call merge_lora(model) first."
+                f"Layer '{_bridge.layer_path(layer)}' has LoRA weights of rank {layer.lora_rank} and lora_alpha "
+                f"{layer.lora_alpha} already. Received: rank={rank}, lora_alpha={lora_alpha}. Call merge_lora(model) first."
             )
     for layer in able:
-        layer.enable_lora(rank, lora_alpha=lora_alpha)
+        if not layer.lora_enabled:
+            layer.enable_lora(rank, lora_alpha=lora_alpha)
+        layer.freeze_base()  # again, if `model.trainable = True` was set since
     for layer in layers:
         if not set(able) & set(_bridge.flatten_layers(layer)):
             layer.trainable = False  # a setting that files keep

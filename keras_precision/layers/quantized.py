@@ -45,14 +45,19 @@ class QuantizedWeights:
             **kwargs: likewise.
         """
         vars(self)["_shows_shapes"] = True
-        own = list(_bridge.own_variables(self))
         try:
             super().enable_lora(rank, *args, **kwargs)
         finally:
             del vars(self)["_shows_shapes"]
-        for variable in own:
-            variable.trainable = False
+        self.freeze_base()
         keep_lora_in_policy(self)
+
+    def freeze_base(self):
+        """Makes all variables but the low-rank matrices untrainable."""
+        matrices = {id(variable) for variable in _lora_variables(self).values()}
+        for variable in _bridge.own_variables(self):
+            if id(variable) not in matrices:
+                variable.trainable = False
 
     def merge_lora(self):
         """Adds the low-rank matrices to the base weight, which is encoded anew, and removes them.
@@ -65,14 +70,12 @@ class QuantizedWeights:
                 f"Layer '{_bridge.layer_path(self)}' has no LoRA weights to merge. Call enable_lora first."
             )
         (attribute, encoded), *_ = self.encoded_weights.items()
-        names = [
-            name for name in vars(self) if name.startswith("lora_") and isinstance(vars(self)[name], keras.Variable)
-        ]
-        first, second = sorted(names)  # ..._a, ..._b
-        change = ops.matmul(vars(self)[first], vars(self)[second]) * (self.lora_alpha / self.lora_rank)
+        matrices = _lora_variables(self)
+        first, second = (matrices[name] for name in sorted(matrices))  # ..._a, ..._b
+        change = ops.matmul(first, second) * (self.lora_alpha / self.lora_rank)
         merged = encoded.encode(encoded.decode("float32") + ops.cast(change, "float32"))
         encoded.assign(merged)
-        for name in names:
+        for name in matrices:
             _bridge_variables.remove_variable(self, name)
         self.lora_enabled, self.lora_rank, self.lora_alpha = False, None, None
         keep_lora_in_policy(self)
@@ -215,6 +218,11 @@ class Prepared(NamedTuple):
     product: type | None
 
 
+def _lora_variables(layer):
+    """Returns attribute -> low-rank matrix."""
+    return {name: v for name, v in vars(layer).items() if name.startswith("lora_") and isinstance(v, keras.Variable)}
+
+
 def is_quantized(layer: keras.Layer) -> bool:
     """Returns whether a layer holds weights that we store quantized."""
     return isinstance(layer, QuantizedWeights)
@@ -263,11 +271,7 @@ def _calls_stock(cls, stock_class):
 def commit(prepared: Prepared) -> None:
     """Replaces a layer's float weights by what was prepared; from here on its class reads them decoded."""
     layer = prepared.layer
-    lora = {
-        id(vars(layer)[name])
-        for name in vars(layer)
-        if name.startswith("lora_") and isinstance(vars(layer)[name], keras.Variable)
-    }
+    lora = {id(variable) for variable in _lora_variables(layer).values()}
     attribute_of = {id(vars(layer)[attribute]): attribute for attribute in prepared.weights}
     order = [attribute_of.get(id(v), v.name) for v in _bridge.own_variables(layer) if id(v) not in lora]
     encoded_weights: dict[str, EncodedWeight] = {}
@@ -278,10 +282,8 @@ def commit(prepared: Prepared) -> None:
     # Past Keras's tracking, which would take the parts for sublayers' state.
     vars(layer)["encoded_weights"], vars(layer)["float_order"] = encoded_weights, tuple(order)
     _bridge.specialise(layer, _mixin_for(tuple(prepared.weights), prepared.product))
-    if getattr(layer, "lora_enabled", False):
-        for variable in _bridge.own_variables(layer):
-            if id(variable) not in lora:
-                variable.trainable = False
+    if lora:
+        layer.freeze_base()
 
 
 def quantize_built(layer: keras.Layer, policy: keras.DTypePolicy) -> None:

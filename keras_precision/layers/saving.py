@@ -1,5 +1,6 @@
 """How policies travel in configs: what a layer resolved to is what a file holds."""
 
+import collections
 import contextlib
 
 import keras
@@ -57,12 +58,14 @@ def _is_float(layer):
 
 
 def _map_by_name(layer, own, inner):
-    # Paths from the layer on: a loaded model builds its layers outside of its own name scope.
-    inside = f"{_bridge.layer_path(layer)}/"
+    # Paths from the layer on: a loaded model builds its layers outside of its own name scope, as a functional one always.
+    inside, inner = f"{_bridge.layer_path(layer)}/", list(inner)
+    names = collections.Counter(child.name for child, _ in inner)
     rules = {}
     for child, policy in inner:
         path = _bridge.layer_path(child)
-        key = f"path:{path.removeprefix(inside) if path.startswith(inside) else child.name}"
+        key = path.removeprefix(inside) if path.startswith(inside) or names[child.name] > 1 else child.name
+        key = f"path:{key}"
         if rules.setdefault(key, policy) != policy:
             raise ValueError(
                 f"Layer '{_bridge.layer_path(layer)}' holds two layers '{key.removeprefix('path:')}' with different "
