@@ -14,18 +14,24 @@ from keras_precision.formats.codebook import Codebook
 class BlockScaled(Codec):
     """Stores weight[i, j] as scale[i // block_size, j] * codebook[codes[i, j]].
 
-    The scale is the block's greatest magnitude divided by the codebook's reach,
-    so the error is at most half of the codebook's widest gap times the scale,
-    beside float32's rounding. Codes are packed as in `packing.py`; k is padded
+    The scale is the block's greatest magnitude divided by the codebook's, so
+    the error is at most half of the codebook's widest gap times the scale,
+    beside float32's rounding. Where values reach farther below zero than above,
+    the scale has the sign that takes the number of greatest magnitude there;
+    then the error at the other end is at most the difference of the two ends.
+    Codes are packed as in `packing.py`; k is padded
     to an even number with the code of zero.
 
     Attributes:
         codebook: values of the codes.
+        has_signed_scale: True if their least is farther from zero than their
+            greatest.
         has_double_quant: True to store the scales as 8-bit codes; see
             `double_quant.py` for their error.
     """
 
     codebook: Codebook
+    has_signed_scale: bool = False
     has_double_quant: bool = False
 
     def parts(self, shape):
@@ -47,12 +53,19 @@ class BlockScaled(Codec):
         scale = np.empty((blocks.count(k, block_size), n), "float32")
 
         def encode_piece(run, grouped):
-            own_scale = blocks.scale_of(blocks.absmax_of_piece(run, grouped), self.codebook.reach)
+            own_scale = blocks.scale_of(blocks.absmax_of_piece(run, grouped), self._reach)
+            if self.has_signed_scale:
+                own_scale = np.where(np.asarray(run(blocks.leans_up, grouped)), 0 - own_scale, own_scale)
             return run(self.codebook.encode_packed, grouped, blocks.reciprocal(own_scale)), own_scale
 
         pieces.fill((codes, scale), encode_piece, weight, pieces.Grid.of((k, n), block_size, k * n >= pieces.LARGE))
         pieces.check_finite(scale, weight, block_size)
         return {"codes": codes, **(double_quant.encode(scale) if self.has_double_quant else {"scale": scale})}
+
+    @property
+    def _reach(self):
+        """The magnitude of a code's value that a block's greatest magnitude gets."""
+        return -self.codebook.array.min()
 
     def decode(self, parts, shape, dtype):
         """Returns the weight; see `Codec.decode`."""
@@ -67,7 +80,7 @@ class BlockScaled(Codec):
 
     def _scale(self, parts, shape, columns=None):
         if self.has_double_quant:
-            n_blocks, largest = blocks.count(shape[0], self.block_size), blocks.largest_scale(self.codebook.reach)
+            n_blocks, largest = blocks.count(shape[0], self.block_size), blocks.largest_scale(self._reach)
             return double_quant.decode(parts, n_blocks, largest, columns)
         return parts["scale"] if columns is None else ops.take(parts["scale"], columns, axis=1)
 

@@ -46,6 +46,19 @@ def absmax_of_piece(run, grouped) -> np.ndarray:
     return absmax(host, grouped) if isinstance(grouped, np.ndarray) else np.asarray(run(absmax, grouped))
 
 
+def leans_up(xp, grouped):
+    """Returns whether the number of greatest magnitude is positive, and no negative one has the same.
+
+    Args:
+        xp: `keras.ops` or `host`.
+        grouped: float32 array or tensor (n_blocks, block_size, n).
+
+    Returns:
+        bool (n_blocks, n); of no meaning where a block holds NaN.
+    """
+    return xp.max(grouped, axis=1) > -xp.min(grouped, axis=1)
+
+
 def largest_scale(reach) -> np.float32:
     """Returns the scale that is still finite, with some room for rounding, when it is multiplied with `reach`."""
     return np.finfo("float32").max / np.float32(reach) * np.float32(1 - 2**-20)

@@ -25,11 +25,6 @@ class Codebook:
         """float32 (16,): the values."""
         return np.array(self.values, "float32")
 
-    @property
-    def reach(self) -> np.float32:
-        """The value that the greatest magnitude of a block gets, the least that both signs reach."""
-        return np.minimum(self.array.max(), -self.array.min())
-
     @cached_property
     def order(self) -> np.ndarray:
         """uint8 (16,): codes by ascending value; of equal values the lesser code comes first."""

@@ -97,7 +97,7 @@ def decode(parts, n_blocks: int, largest, columns=None):
     Args:
         parts: tensors, as `parts` describes them.
         n_blocks: blocks a column.
-        largest: float32 number that no scale may exceed.
+        largest: float32 number that no scale's magnitude may exceed.
         columns: integer tensor (m,), the columns wanted; None for all.
 
     Returns:
@@ -113,4 +113,5 @@ def decode(parts, n_blocks: int, largest, columns=None):
     product = ops.take(ops.convert_to_tensor(dynamic_map()), ops.cast(codes, "int32")) * absmax
     # 8 bits may take a scale beyond what is finite. And XLA contracts a product and a sum into one operation that rounds
     # once, which it can't do with the minimum between them.
-    return ops.minimum(product, largest - parts["scale_offset"]) + parts["scale_offset"]
+    offset = parts["scale_offset"]
+    return ops.maximum(ops.minimum(product, largest - offset), -largest - offset) + offset

@@ -4,6 +4,7 @@ import numpy as np
 
 bitwise_and = np.bitwise_and
 max = np.max
+min = np.min
 minimum = np.minimum
 reshape = np.reshape
 round = np.rint
