@@ -40,8 +40,12 @@ def nbytes(model: keras.Model) -> int:
     return sum(keras.ops.convert_to_numpy(weight).nbytes for weight in model.weights)
 
 
-def main(steps: int = 2000, tuning_steps: int = 600) -> dict[str, float]:
+def main(steps: int = 2000, tuning_steps: int = 600, windows: int = 512) -> dict[str, float]:
     """Prints the loss on the second text at each stage, in nats a character; returns them."""
+
+    def loss_of(model):
+        return text_task.validation_loss(model, second.validation, windows)
+
     keras.utils.set_random_seed(0)
     documentation, second = text_task.standard_library(), code()
     model = text_task.build_transformer()
@@ -51,18 +55,18 @@ def main(steps: int = 2000, tuning_steps: int = 600) -> dict[str, float]:
     size = nbytes(model)
 
     kp.quantize(model, "nf4-dq_from_float32")
-    losses["nf4"] = text_task.validation_loss(model, second.validation)
+    losses["nf4"] = loss_of(model)
     print(f"weights: {size:,} bytes in float32, {nbytes(model):,} in nf4-dq")
     kp.enable_lora(model, RANK)
     tune(model, second.train, tuning_steps)
-    losses["nf4, LoRA trained"] = text_task.validation_loss(model, second.validation)
+    losses["nf4, LoRA trained"] = loss_of(model)
     kp.merge_lora(model)
-    losses["nf4, LoRA merged into the 4 bits"] = text_task.validation_loss(model, second.validation)
+    losses["nf4, LoRA merged into the 4 bits"] = loss_of(model)
 
     model = text_task.build_transformer()
     model.set_weights(trained)
     tune(model, second.train, tuning_steps)
-    losses["float32, all weights trained"] = text_task.validation_loss(model, second.validation)
+    losses["float32, all weights trained"] = loss_of(model)
     for stage, loss in losses.items():
         print(f"{loss:.4f}  {stage}")
     return losses
@@ -72,4 +76,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000, help="of training in float32")
     parser.add_argument("--tuning-steps", type=int, default=600)
+    parser.add_argument("--windows", type=int, default=512, help="of the second text, to validate on")
     main(**vars(parser.parse_args()))
