@@ -55,15 +55,15 @@ def add_part(
         trainable=False,
         autocast=False,
         name=f"{of.name}_{name}",
-        layout=_layout_along(of, value.shape, axes),
+        layout=layout_along(of, value.shape, axes),
     )
     variable._path = f"{of.path}_{name}"
     track(layer, variable)
     return variable
 
 
-def _layout_along(of, shape, axes):
-    """Returns the layout of a part: as the axes of the variable that it runs along, where they divide evenly."""
+def layout_along(of, shape, axes):
+    """Returns the layout of a part of a variable: as the axes of the variable that it runs along, where they divide evenly."""
     layout = of._layout
     if not isinstance(layout, keras.distribution.TensorLayout):
         return None
@@ -150,3 +150,9 @@ def stand_in(variable: keras.Variable, dtype: str) -> keras.Variable:
 def release(variable: keras.Variable) -> None:
     """Frees a variable's array until the next assignment; only where arrays are values, not on TensorFlow."""
     variable._value, variable._initializer = None, keras.initializers.Zeros()
+
+
+def tensor_of(variable: keras.Variable) -> Any:
+    """Returns a variable's value as a tensor: on TensorFlow of the replica that asks, where `value` is a tf.Variable."""
+    value = variable.value
+    return value.read_value() if hasattr(value, "read_value") else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from keras import ops
 
 from keras_precision import _bridge, _bridge_variables, dtypes
 from keras_precision.formats import Codec
+from keras_precision.kernels.compiled import compiled
 
 
 class EncodedWeight:
@@ -69,17 +71,21 @@ class EncodedWeight:
             variable.assign(arrays[name])
 
     def _tensors(self):
-        values = {name: variable.value for name, variable in self.variables.items()}
-        # A tf.Variable is read: arithmetic that starts with a number does not know it.
-        return {name: value.read_value() if hasattr(value, "read_value") else value for name, value in values.items()}
+        return {name: _bridge_variables.tensor_of(variable) for name, variable in self.variables.items()}
 
     def decode(self, dtype: str):
         """Returns the weight as a tensor of its own shape."""
         return self._decode(self._tensors(), dtype)
 
-    def decoded_from(self, arrays: dict[str, np.ndarray]):
-        """Returns the float32 weight that arrays stand for which are not stored yet."""
-        return self._decode({name: ops.convert_to_tensor(array) for name, array in arrays.items()}, "float32")
+    def change(self, weight, arrays: dict[str, np.ndarray]) -> tuple[float, float]:
+        """Returns the sums of squares of what encoding changed of a weight, and of the weight.
+
+        Args:
+            weight: float tensor of this shape.
+            arrays: what `encode` made of it.
+        """
+        sums = _sums(self.codec, self.shape, self.contracted, tuple(arrays))(weight, *arrays.values())
+        return float(sums[0]), float(sums[1])
 
     def _decode(self, tensors, dtype):
         matrix = self.codec.decode(tensors, self.matrix_shape, dtype)
@@ -99,3 +105,19 @@ class EncodedWeight:
     def nbytes(self) -> int:
         """Bytes of the live arrays."""
         return sum(math.prod(v.shape) * dtypes.nbytes(_bridge.stored_dtype(v)) for v in self.variables.values())
+
+
+@functools.lru_cache(maxsize=None)
+def _sums(codec, shape, contracted, names):
+    """Returns the compiled function behind `EncodedWeight.change`: JAX takes 0.03 s to compile each operation alone."""
+    encoded = EncodedWeight(codec, shape, contracted)
+
+    def squares(values):
+        return ops.sum(ops.sum(ops.square(values), axis=0))  # in two steps, since float32 loses what is added to much
+
+    def sums(weight, *tensors):
+        weight = ops.cast(weight, "float32")
+        decoded = encoded._decode(dict(zip(names, tensors, strict=True)), "float32")
+        return squares(decoded - weight), squares(weight)
+
+    return compiled(sums)

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import keras
-from keras import ops
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -236,12 +235,11 @@ def _own_bytes(layer):
 
 def _error_of(prepared):
     """Returns the relative error of a layer's encoded weights, one at a time in memory."""
-    change, norm = 0.0, 0.0
-    for attribute, (encoded, arrays) in prepared.weights.items():
-        value = ops.cast(_bridge_variables.value_of(vars(prepared.layer)[attribute]), "float32")
-        decoded = encoded.decoded_from(arrays)
-        change += float(ops.sum(ops.square(ops.subtract(decoded, value))))
-        norm += float(ops.sum(ops.square(value)))
+    sums = [
+        encoded.change(_bridge_variables.value_of(vars(prepared.layer)[attribute]), arrays)
+        for attribute, (encoded, arrays) in prepared.weights.items()
+    ]
+    change, norm = (sum(column) for column in zip(*sums, strict=True))
     return (change / norm) ** 0.5 if norm else 0.0
 
 
