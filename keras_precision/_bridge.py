@@ -68,6 +68,7 @@ PATCH_POINTS = (
     PatchPoint("Trainer.compile (public)", "reports unmatched rules (D13); wraps optimizers (D1, D2, D9)", "none"),
     PatchPoint("Model.fit (public)", "its logs carry the loss scale; a run that skips every step stops (D7, D8)", "none"),
     PatchPoint("_bridge_optimizers: BaseOptimizer", "schedules count updates, not micro-steps (D25)", "as above"),
+    PatchPoint("BaseOptimizer.load_own_variables (public)", "reads files whose states are packed", "none"),
     PatchPoint(
         "the registry of public names",
         "our float policies and specialised layers are saved under Keras's own class names",

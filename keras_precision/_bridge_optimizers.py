@@ -20,6 +20,7 @@ def install(hooks: Hooks) -> None:
     if hasattr(BaseOptimizer._get_current_learning_rate, "__wrapped__"):
         return
     _install_schedules()
+    _install_files(hooks)
     _install_compile(hooks)
     _install_fit(hooks)
 
@@ -39,6 +40,18 @@ def _install_schedules():
         return stock(self)
 
     BaseOptimizer._get_current_learning_rate = _get_current_learning_rate
+
+
+def _install_files(hooks):
+    """Lets plain optimizers read files in which others packed their states."""
+    stock = BaseOptimizer.load_own_variables
+
+    @functools.wraps(stock)
+    def load_own_variables(self, store):
+        if not hooks.reads_packed(store, self.variables):
+            stock(self, store)
+
+    BaseOptimizer.load_own_variables = load_own_variables
 
 
 def _install_compile(hooks):

@@ -25,6 +25,7 @@ class Hooks:
         in_float32: wraps a function so that it computes 16-bit arguments in float32.
         compute_in_float32: called with each loss and metric made, and the dtype it was given.
         before_compile: (model, optimizer, auto_scale_loss) -> what of the last two to compile with.
+        reads_packed: (file, an optimizer's variables) -> whether the file held packed states and has been read.
         fit_callbacks: (model, callbacks that `fit` got) -> callbacks to fit with.
     """
 
@@ -40,4 +41,5 @@ class Hooks:
     in_float32: Callable[[Callable], Callable]
     compute_in_float32: Callable[[keras.Loss | keras.Metric, str | None], None]
     before_compile: Callable[[keras.Model, Any, bool], tuple[Any, bool]]
+    reads_packed: Callable[[Any, list], bool]
     fit_callbacks: Callable[[keras.Model, Any], Any]

@@ -6,6 +6,7 @@ from keras_precision.layers.after_build import after_build
 from keras_precision.layers.convert import report_unmatched_of, takes_policy
 from keras_precision.layers.float32_inside import compute_in_float32, in_float32
 from keras_precision.layers.saving import loading, saved_dtype
+from keras_precision.optimizers.slot_files import reads_packed
 from keras_precision.policies import registry, resolve, scope
 from keras_precision.policies.resolve import keras_quantization_mode
 from keras_precision.scaling.monitor import monitored
@@ -29,5 +30,6 @@ hooks = Hooks(
     in_float32=in_float32,
     compute_in_float32=compute_in_float32,
     before_compile=_before_compile,
+    reads_packed=reads_packed,
     fit_callbacks=monitored,
 )

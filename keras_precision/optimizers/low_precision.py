@@ -5,16 +5,16 @@ from typing import Literal
 import keras
 from keras import ops
 
-from keras_precision import _bridge, _bridge_variables, rounding
-from keras_precision.delegation import DelegatesSettings
+from keras_precision import _bridge, _bridge_optimizers, _bridge_variables, rounding
 from keras_precision.dtypes import HALF_DTYPES
+from keras_precision.optimizers.wrapper import OptimizerWrapper
 
 Rounding = Literal["stochastic", "nearest", "kahan"]
 ROUNDINGS = ("stochastic", "nearest", "kahan")
 
 
 @keras.saving.register_keras_serializable(package="keras_precision")
-class LowPrecision(DelegatesSettings, keras.optimizers.Optimizer):
+class LowPrecision(OptimizerWrapper):
     """Wraps any Keras optimizer so that bfloat16 and float16 weights train as float32 ones do.
 
     The inner optimizer sees float32 weights and gradients: every constant,
@@ -69,31 +69,9 @@ class LowPrecision(DelegatesSettings, keras.optimizers.Optimizer):
             raise ValueError("Master weights lose nothing that Kahan's compensation could keep. Pass one of the two.")
         if isinstance(inner_optimizer, LowPrecision):
             raise ValueError("The optimizer is wrapped in LowPrecision already. Pass its `inner_optimizer`.")
-        super().__init__(learning_rate=0.0, name=name)
-        self.rounding = rounding
-        self.master_weights = master_weights
-        self.seed = seed
+        super().__init__(inner_optimizer, name, rounding=rounding, master_weights=master_weights, seed=seed)
         self._undecayed = []
         self._undecayed_names = []
-        self.inner_optimizer = keras.optimizers.get(inner_optimizer)
-
-    @property
-    def learning_rate(self):
-        """The inner optimizer's learning rate."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate):
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def iterations(self):
-        """The inner optimizer's count of updates."""
-        return self.inner_optimizer.iterations
-
-    def scale_loss(self, loss):
-        """Returns the loss scaled as the inner optimizer wants it."""
-        return self.inner_optimizer.scale_loss(loss)
 
     @property
     def _keeps_float32_weights(self):
@@ -121,34 +99,29 @@ class LowPrecision(DelegatesSettings, keras.optimizers.Optimizer):
             self.inner_optimizer.exclude_from_weight_decay(undecayed, self._undecayed_names)
         for variable, stand_in in self._halves():  # ScheduleFreeAdamW's slots begin as copies of the weights
             stand_in.assign(ops.cast(variable.value, "float32"))
-        self.inner_optimizer.build(self._stand_ins)
+        super().build(self._stand_ins)
         for _, stand_in in self._halves():
             if not self._keeps_float32_weights:
                 _bridge_variables.release(stand_in)
-        super().build(variables)
+        _bridge_optimizers.mark_built(self, variables)
 
     def _halves(self):
         return [(v, s) for v, s in zip(self._weights, self._stand_ins, strict=True) if v is not s]
 
     @property
-    def variables(self):
-        """The state to be saved: compensations, master weights, and the inner optimizer's variables."""
-        kept = [s for _, s in self._halves()] if self.built and self.master_weights else []
-        compensations = [c for c in self._compensations if c is not None] if self.built else []
-        return compensations + kept + self.inner_optimizer.variables
-
-    def apply(self, grads, trainable_variables=None):
-        """Updates the weights.
-
-        Args:
-            grads: list of gradients in any float dtype; None where there is none.
-            trainable_variables: list of the weights; None for those it was built with.
-        """
+    def own_variables(self) -> dict[str, keras.Variable]:
+        """Compensations and master weights by name."""
         if not self.built:
-            if trainable_variables is None:
-                raise ValueError("Expected the weights at the first call. Call `optimizer.build(weights)` before.")
-            self.build(list(trainable_variables))
-        weights = self._weights if trainable_variables is None else list(trainable_variables)
+            return {}
+        kept = {f"master_{i}": s for i, (_, s) in enumerate(self._halves())} if self.master_weights else {}
+        return {f"compensation_{i}": c for i, c in enumerate(self._compensations) if c is not None} | kept
+
+    @property
+    def variables(self):
+        """The state: compensations, master weights, and the inner optimizer's variables."""
+        return [*self.own_variables.values(), *self.inner_optimizer.variables]
+
+    def _update(self, grads, weights):
         places = [self._place(weight) for weight in weights]
         for place in places:
             self._load(place)
@@ -227,23 +200,6 @@ class LowPrecision(DelegatesSettings, keras.optimizers.Optimizer):
         self.inner_optimizer.finalize_variable_values([self._stand_ins[place] for place in places])
         for weight, stand_in in (pair for pair in self._halves() if _is_in(pair[0], var_list)):
             weight.assign(rounding.nearest(stand_in.value, _bridge.stored_dtype(weight)))
-
-    def get_config(self) -> dict:
-        """Returns the constructor's arguments."""
-        return {
-            "name": self.name,
-            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
-            "rounding": self.rounding,
-            "master_weights": self.master_weights,
-            "seed": self.seed,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict, custom_objects: dict | None = None) -> "LowPrecision":
-        """Returns the optimizer that `get_config` described."""
-        config = dict(config)
-        inner = keras.saving.deserialize_keras_object(config.pop("inner_optimizer"), custom_objects=custom_objects)
-        return cls(inner, **config)
 
 
 def _is_in(variable, variables):

@@ -34,7 +34,8 @@ class SavedAsPlain:
     def load_own_variables(self, store):
         """Reads the variables of a plain optimizer, of this class, or of Keras's LossScaleOptimizer."""
         count = len(self.inner_optimizer.variables)
-        if len(store.keys()) == count + KERAS_OWN:
+        is_keras = all(key.isdigit() for key in store.keys())  # the names of packed slots are no numbers
+        if is_keras and len(store.keys()) == count + KERAS_OWN:
             self.step_counter.assign(store[KERAS_STEP_COUNTER])
             # Keras's scale has no bounds: it may have been saved as 0 or inf.
             self.dynamic_scale.assign(ops.clip(store[KERAS_SCALE], self.min_scale, self.max_scale))

@@ -1,0 +1,57 @@
+"""The number of greatest magnitude in each block of a slot."""
+
+from keras import ops
+
+SMALLEST = 2.0**-100
+"""Blocks whose magnitudes all lie below count as zeros.
+
+Then every product of a scale and a code's value, 2**-22 at least, is a normal
+number: on some devices subnormal ones are zeros.
+"""
+
+_INF = float("inf")
+
+
+def absmax(grouped):
+    """Returns the greatest magnitude of each block, 0 where it is below SMALLEST, NaN where it is not finite.
+
+    Args:
+        grouped: float32 tensor (..., block_size).
+
+    Returns:
+        float32 tensor (...).
+    """
+    magnitude = ops.abs(grouped)
+    return _checked(ops.max(_without_nan(magnitude, magnitude), axis=-1))
+
+
+def peak(grouped):
+    """Returns `absmax` with the sign of the number that has it; of two, one of each sign, the positive counts."""
+    greatest = ops.max(_without_nan(grouped, ops.abs(grouped)), axis=-1)
+    least = ops.min(grouped, axis=-1)
+    return _checked(ops.where(greatest >= -least, greatest, least))
+
+
+def is_not_zero(grouped):
+    """Returns which numbers are not zero, subnormal ones included, which compiled code on a CPU takes for zeros."""
+    pattern = ops.bitwise_and(ops.view(grouped, "int32"), ops.convert_to_tensor(0x7FFFFFFF, "int32"))
+    return pattern > 0
+
+
+def divisor(scale):
+    """Returns what numbers are divided by, (..., 1): the scale, and inf where it is 0, so that quotients are 0 there.
+
+    A reciprocal would not do: above 2**126 it is subnormal.
+    """
+    return ops.where(scale == 0, _INF, scale)[..., None]
+
+
+def _without_nan(grouped, magnitude):
+    # XLA's greatest float on a CPU (jax 0.10) passes over NaN; a greatest bit pattern, which would not, takes it 3 times
+    # as long (5e8 against 1.5e9 numbers a second).
+    return ops.where(magnitude < _INF, grouped, _INF)
+
+
+def _checked(number):
+    magnitude = ops.abs(number)
+    return ops.where(magnitude < _INF, ops.where(magnitude < SMALLEST, 0.0, number), float("nan"))

@@ -1,0 +1,108 @@
+"""Dynamic codes, whose values lie evenly within each decade (Dettmers et al. 2022, "8-bit Optimizers", section 1.3)."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from keras import ops
+
+
+def dynamic_values(bits: int, is_signed: bool) -> tuple[float, ...]:
+    """Returns the 2**bits values of dynamic codes, ascending.
+
+    With n = bits - 1 decades, p counts them from 0 if signed and from 1 if
+    not, to q, the last. The values of decade p are 10**(p - q) times the
+    middles of the 2**p equal intervals of [0.1, 1]; signed codes have them with
+    both signs. 0 and 1 complete them; -1 is none of them.
+
+    Example:
+        >>> [round(value, 4) for value in dynamic_values(4, is_signed=True)][7:]
+        [0.0, 0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, 1.0]
+        >>> [round(value, 4) for value in dynamic_values(3, is_signed=False)]
+        [0.0, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, 1.0]
+    """
+    first = 0 if is_signed else 1
+    decades = range(first, first + bits - 1)
+    values = [0.0, 1.0]
+    for decade in decades:
+        middles = 0.1 + 0.9 * (np.arange(2**decade) + 0.5) / 2**decade
+        middles = (middles * 10.0 ** (decade - decades[-1])).tolist()
+        values += middles + [-middle for middle in middles if is_signed]
+    return tuple(sorted(values))
+
+
+@dataclass(frozen=True)
+class DynamicMap:
+    """Finds the nearest of dynamic values, computed rather than searched.
+
+    Counted from zero, with K = code - code of zero (plus 1 if unsigned), the
+    values of decade p are those of K = 2**p to 2**(p + 1) - 1, and
+
+        value(K) = 10**(p - q) * (0.1 + 0.9 * (K - 2**p + 0.5) / 2**p),
+
+    so that the nearest to a magnitude m among them is
+
+        K = floor(m * 10**(q - p) * 2**p / 0.9 + 8 / 9 * 2**p),
+
+    cut off at the decade's last.
+
+    Attributes:
+        values: ascending, as `dynamic_values` gives them.
+    """
+
+    values: tuple[float, ...]
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """float32: the values in the order of the codes."""
+        return np.array(self.values, "float32")
+
+    @property
+    def zero(self) -> int:
+        """The code of zero."""
+        return self.values.index(0.0)
+
+    @cached_property
+    def _decades(self) -> range:
+        first = 0 if self.zero else 1
+        return range(first, first + len(self.values).bit_length() - 2)
+
+    def _midpoint(self, position):
+        """The middle between the values of K = position - 1 and K = position."""
+        code = position + self.zero - self._decades[0]
+        return (self.values[code - 1] + self.values[code]) / 2
+
+    def nearest(self, fraction):
+        """Returns the code of the value nearest to each number.
+
+        The distance is at most the least one plus 2**-19 of the number: K is
+        computed with three roundings of numbers up to 256, in steps of which
+        the values lie at least 0.9 / 10 of the number's magnitude / 128 apart.
+
+        Args:
+            fraction: float32 tensor in [-1, 1], >= 0 if the map is unsigned.
+
+        Returns:
+            int32 tensor of its shape.
+        """
+        first, last = self._decades[0], self._decades[-1]
+        magnitude = ops.abs(fraction)
+        slopes = {p: 10.0 ** (last - p) * 2**p / 0.9 for p in self._decades}
+        slope, power = slopes[first], 2.0**first
+        for p in self._decades[1:]:
+            is_above = magnitude > self._midpoint(2**p)
+            slope, power = ops.where(is_above, slopes[p], slope), ops.where(is_above, 2.0**p, power)
+        # XLA contracts a product and a sum into one operation that rounds once, which it can't do with the minimum
+        # between them; products with a power of two don't round.
+        position = ops.floor(ops.minimum(magnitude * slope, power * (10 / 9) - 0.5) + power * (8 / 9))
+        position = ops.where(magnitude > self._midpoint(2 * 2**last), 2.0 * 2**last, position)
+        position = ops.where(magnitude > self._midpoint(2**first), position, float(first))
+        position = ops.cast(position, "int32")
+        if self.zero:
+            position = ops.where(fraction < 0, ops.maximum(-position, -self.zero), position)
+        return position + (self.zero - first)
+
+    def decode(self, codes):
+        """Returns the float32 values of a tensor of codes."""
+        # 3.6e9 a second from the table, 3.1e9 computed from K (one CPU core, jax 0.10.2).
+        return ops.take(ops.convert_to_tensor(self.array), ops.cast(codes, "int32"))
