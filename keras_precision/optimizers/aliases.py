@@ -7,6 +7,9 @@ from collections.abc import Callable
 import keras
 
 from keras_precision.optimizers.low_bit import LowBit
+from keras_precision.optimizers.states.dynamic4 import DYNAMIC4
+from keras_precision.optimizers.states.dynamic8 import DYNAMIC8
+from keras_precision.optimizers.states.float8 import FLOAT8_STATE
 
 optimizers = keras.optimizers
 
@@ -30,13 +33,13 @@ def _alias(name: str, optimizer_class: type, state_format: str, **defaults) -> C
     return make
 
 
-Adam8bit = _alias("Adam8bit", optimizers.Adam, "dynamic8")
-AdamW8bit = _alias("AdamW8bit", optimizers.AdamW, "dynamic8")
-Lion8bit = _alias("Lion8bit", optimizers.Lion, "dynamic8")
-SGD8bit = _alias("SGD8bit", optimizers.SGD, "dynamic8", momentum=0.9)
-RMSprop8bit = _alias("RMSprop8bit", optimizers.RMSprop, "dynamic8")
-Adagrad8bit = _alias("Adagrad8bit", optimizers.Adagrad, "dynamic8")
-Lamb8bit = _alias("Lamb8bit", optimizers.Lamb, "dynamic8")
-Adam4bit = _alias("Adam4bit", optimizers.Adam, "dynamic4")
-AdamW4bit = _alias("AdamW4bit", optimizers.AdamW, "dynamic4")
-AdamWFp8 = _alias("AdamWFp8", optimizers.AdamW, "float8")
+Adam8bit = _alias("Adam8bit", optimizers.Adam, DYNAMIC8.name)
+AdamW8bit = _alias("AdamW8bit", optimizers.AdamW, DYNAMIC8.name)
+Lion8bit = _alias("Lion8bit", optimizers.Lion, DYNAMIC8.name)
+SGD8bit = _alias("SGD8bit", optimizers.SGD, DYNAMIC8.name, momentum=0.9)
+RMSprop8bit = _alias("RMSprop8bit", optimizers.RMSprop, DYNAMIC8.name)
+Adagrad8bit = _alias("Adagrad8bit", optimizers.Adagrad, DYNAMIC8.name)
+Lamb8bit = _alias("Lamb8bit", optimizers.Lamb, DYNAMIC8.name)
+Adam4bit = _alias("Adam4bit", optimizers.Adam, DYNAMIC4.name)
+AdamW4bit = _alias("AdamW4bit", optimizers.AdamW, DYNAMIC4.name)
+AdamWFp8 = _alias("AdamWFp8", optimizers.AdamW, FLOAT8_STATE.name)

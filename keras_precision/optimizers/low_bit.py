@@ -55,7 +55,9 @@ class PacksSlots:
         initializer = keras.initializers.get(initializer)
 
         def initial(part):
-            return lambda shape_of_part, dtype: state_format.encode(initializer(shape, dtype="float32"), is_signed)[part]
+            return lambda shape_of_part, dtype: state_format.encode(initializer(shape, dtype="float32"), is_signed)[
+                part
+            ]
 
         path = f"{reference_variable.path.replace('/', '_')}_{name}"
         parts = {

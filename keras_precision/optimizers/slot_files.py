@@ -36,7 +36,9 @@ def write(store, entries: Sequence[keras.Variable | PackedSlot]) -> None:
 
 def _description(slot):
     shape = ",".join(map(str, slot.shape))
-    return f"{slot.state_format.name}/{slot.state_format.block_size}/{'signed' if slot.is_signed else 'unsigned'}/{shape}"
+    return (
+        f"{slot.state_format.name}/{slot.state_format.block_size}/{'signed' if slot.is_signed else 'unsigned'}/{shape}"
+    )
 
 
 def read(store, entries: Sequence[keras.Variable | PackedSlot]) -> None:
@@ -58,7 +60,9 @@ def read(store, entries: Sequence[keras.Variable | PackedSlot]) -> None:
         description = bytes(np.asarray(store[f"{place}.{FORMAT}"])).decode()
         if isinstance(entry, PackedSlot) and description == _description(entry):
             for name, part in entry.parts.items():
-                _assign(part, np.asarray(store[f"{place}.{name}"]).view(entry.state_format.parts(entry.shape)[name].dtype))
+                _assign(
+                    part, np.asarray(store[f"{place}.{name}"]).view(entry.state_format.parts(entry.shape)[name].dtype)
+                )
             continue
         _assign(entry, _decoded(store, place, description))
 

@@ -32,18 +32,26 @@ def peak(grouped):
     return _checked(ops.where(greatest >= -least, greatest, least))
 
 
-def is_not_zero(grouped):
-    """Returns which numbers are not zero, subnormal ones included, which compiled code on a CPU takes for zeros."""
-    pattern = ops.bitwise_and(ops.view(grouped, "int32"), ops.convert_to_tensor(0x7FFFFFFF, "int32"))
-    return pattern > 0
+def is_positive(grouped):
+    """Returns which numbers are positive, subnormal ones included, which compiled code on a CPU takes for zeros."""
+    # By pattern. "Without its sign, not 0" would not do: LLVM makes a comparison of floats of it (jax 0.10).
+    return ops.view(grouped, "int32") > 0
 
 
-def divisor(scale):
-    """Returns what numbers are divided by, (..., 1): the scale, and inf where it is 0, so that quotients are 0 there.
+def reciprocal(scale, unit: float = 1.0):
+    """Returns unit / scale, and 0 where the scale is 0, with an axis to multiply blocks with.
 
-    A reciprocal would not do: above 2**126 it is subnormal.
+    XLA would divide a block by a tensor as this does, but with a reciprocal of
+    1 / scale: above 2**126 that is subnormal, and the whole block would be 0.
+
+    Args:
+        scale: float32 tensor (...), 0 or >= 2**-110.
+        unit: power of two that makes the reciprocal of the largest scale normal.
+
+    Returns:
+        float32 tensor (..., 1).
     """
-    return ops.where(scale == 0, _INF, scale)[..., None]
+    return (unit / ops.where(scale == 0, _INF, scale))[..., None]
 
 
 def _without_nan(grouped, magnitude):

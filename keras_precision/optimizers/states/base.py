@@ -47,7 +47,7 @@ class StateFormat(abc.ABC):
         >>> parts = entry.encode(moment, is_signed=True)
         >>> found = entry.decode(parts, (1, 4), is_signed=True)
         >>> [round(float(number), 7) for number in found[0]]
-        [0.0, 0.4961719, -1.1e-06, 2.0]
+        [0.0, 0.4953125, -1.1e-06, 2.0]
         >>> entry.bits_per_parameter((4096, 4096))
         8.125
     """
@@ -111,7 +111,7 @@ class StateFormat(abc.ABC):
         """
         folding = self._folding(value.shape)
         codes, scale = self._quantized(folding.split(value), is_signed)
-        return {"codes": self._packed(folding.join(codes)), "scale": scale}
+        return {"codes": self._stored(folding.join(codes)), "scale": scale}
 
     def decode(self, parts, shape: tuple[int, ...], is_signed: bool):
         """Returns the float32 tensor of this shape that the parts stand for.
@@ -122,7 +122,7 @@ class StateFormat(abc.ABC):
             is_signed: as they were encoded.
         """
         folding = self._folding(shape)
-        codes = folding.split(self._unpacked(parts["codes"], folding.cols))
+        codes = folding.split(self._loaded(parts["codes"], folding.cols))
         values = self._dequantized(codes, parts["scale"][..., None], is_signed)
         return keras.ops.reshape(folding.join(values), shape)
 
@@ -133,16 +133,18 @@ class StateFormat(abc.ABC):
 
     @abc.abstractmethod
     def _quantized(self, grouped, is_signed):
-        """Returns codes (*lead, n_blocks, block_size), not packed, and scale (*lead, n_blocks) of float32 blocks."""
+        """Returns codes (*lead, n_blocks, block_size), as `_stored` takes them, and scale (*lead, n_blocks) of blocks."""
 
     @abc.abstractmethod
     def _dequantized(self, codes, scale, is_signed):
-        """Returns float32 (*lead, n_blocks, block_size) of codes in blocks, not packed, and scale (*lead, n_blocks, 1)."""
+        """Returns float32 (*lead, n_blocks, block_size) of codes, as `_loaded` gives them, and scale (*lead, n_blocks, 1)."""
 
-    def _packed(self, codes):
-        return codes
+    def _stored(self, codes):
+        """Returns codes (*lead, cols) as `parts` describes them."""
+        return keras.ops.cast(codes, self.code_dtype)
 
-    def _unpacked(self, codes, cols):
+    def _loaded(self, codes, cols):
+        """Returns codes (*lead, cols) from what `_stored` returned."""
         return codes
 
     def _folding(self, shape):

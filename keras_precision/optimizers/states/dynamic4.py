@@ -19,19 +19,18 @@ class Dynamic4(StateFormat):
     block's greatest magnitude, and zeros stay zero.
 
     Unsigned, value[i] is (scale[block of i] * (codes[i] + 1) / 16)**2, the
-    scale the greatest root: the error of a root is at most 1/32 of the greatest,
-    or 1/16 below the least. There is no zero among the values (section 4.1):
-    numbers down from 1/1024 of the block's greatest, zeros included, become
-    1/256 of it, and an Adam whose second moment is too large makes a smaller
-    step.
+    scale the greatest root: a root's error is at most 1/32 of the greatest, and
+    1/16 below the least value. There is no zero among the values (section 4.1):
+    numbers below 1/256 of the block's greatest, zeros included, become that, and
+    an Adam whose second moment is too large makes a smaller step.
     """
 
     def _quantized(self, grouped, is_signed):
         if is_signed:
             scale = absmax.peak(grouped)
-            return SIGNED.nearest(grouped / absmax.divisor(scale)), scale
+            return SIGNED.nearest(grouped, scale), scale
         scale = ops.sqrt(absmax.absmax(grouped))
-        sixteenths = ops.sqrt(ops.abs(grouped)) / absmax.divisor(scale) * 16.0
+        sixteenths = ops.sqrt(ops.abs(grouped)) * absmax.reciprocal(scale, 16.0)
         return ops.cast(ops.clip(ops.round(sixteenths), 1.0, 16.0), "int32") - 1, scale
 
     def _dequantized(self, codes, scale, is_signed):
@@ -39,14 +38,14 @@ class Dynamic4(StateFormat):
             return SIGNED.decode(codes) * scale
         return ops.square(ops.cast(ops.cast(codes, "int32") + 1, "float32") * (scale * (1 / 16)))
 
-    def _packed(self, codes):
+    def _stored(self, codes):
         if codes.shape[-1] % 2:
             codes = ops.pad(codes, [[0, 0]] * (len(codes.shape) - 1) + [[0, 1]])
         pairs = ops.reshape(codes, (*codes.shape[:-1], -1, 2))
         # Slices of every second code would make XLA compute them twice: 8e7 numbers a second on a CPU against 3e8.
         return ops.cast(ops.sum(pairs * ops.convert_to_tensor([16, 1], "int32"), axis=-1), "uint8")
 
-    def _unpacked(self, codes, cols):
+    def _loaded(self, codes, cols):
         pairs = ops.right_shift(ops.cast(codes, "int32")[..., None], ops.convert_to_tensor([4, 0], "int32"))
         nibbles = ops.bitwise_and(pairs, ops.convert_to_tensor(15, "int32"))
         return ops.reshape(nibbles, (*codes.shape[:-1], -1))[..., :cols]
