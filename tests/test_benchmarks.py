@@ -9,13 +9,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Minutes for scripts that are the same on both backends but for `--backends`: on TensorFlow these are enough.
+ON_BOTH = {"layer_call", "quantize", "convergence"}
 CASES = {"import_time": 1, "get_policy": 1, "resolve_rules": 3, "layer_call": 8}
+
+
+@pytest.fixture(autouse=True)
+def both_backends_only_where_it_tells_something(request, backend):
+    name = request.node.name
+    if backend == "tensorflow" and not any(script in name for script in (*ON_BOTH, "every_benchmark")):
+        pytest.skip("run on JAX")
 
 
 def test_every_benchmark_is_run_here():
     scripts = {script.stem for script in (ROOT / "benchmarks").glob("*.py")}
     modules = {"timing", "digits_task", "text_task"}
-    assert scripts - modules == set(CASES) | {"quantize", "convergence", "train_step", "text_loss"}
+    assert scripts - modules == set(CASES) | {
+        "quantize",
+        "convergence",
+        "train_step",
+        "text_loss",
+        "accuracy",
+        "optimizer_step",
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -88,3 +104,20 @@ def test_convergence_prints_a_verdict_for_each_cell(backend):
     rows = rows_of("convergence", backend, *arguments)
     assert rows and all(row[0] == "SGD" and row[2] == backend for row in rows)
     assert {row[1] for row in rows} >= {"bfloat16"}
+
+
+def test_accuracy_prints_each_format_beside_float32(backend):
+    arguments = ("--steps", "1", "--epochs", "1", "--seeds", "1", "--only", "ours:nf4,Keras:int4")
+    rows = rows_of("accuracy", backend, *arguments)
+    assert [row[1:3] for row in rows] == [["Keras", "float32"], ["ours", "nf4"], ["Keras", "int4"]]
+    assert [float(row[3]) for row in rows[:2]] == [32, 4.5] and float(rows[2][3]) < 5
+    assert float(rows[0][4]) == 0 and abs(float(rows[1][4]) - 0.0728) < 0.0004
+    assert all(3 < float(row[7]) < 6 for row in rows)
+
+
+def test_optimizer_step_prints_each_optimizer(backend):
+    rows = rows_of("optimizer_step", backend, "--parameters", "131072", "--samples", "1")
+    ours = [row for row in rows if row[1].startswith("ours")]
+    assert rows[0][1] == "Keras AdamW" and len(ours) == 3
+    assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in ours)
+    assert float(rows[0][4]) >= 8 and all(float(row[4]) <= 2.04 for row in ours)

@@ -1,0 +1,177 @@
+"""One AdamW step: stock Keras's, ours with states in 8 and 4 bits, and torch's and bitsandbytes' where they are installed.
+
+Each subject runs in a process of its own, one after the other. A weight has 8192 columns; gradients are given. On JAX the
+step is jitted and donates weights and state; on TensorFlow it is a tf.function compiled by XLA, for Keras's as for ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import sys
+import time
+from typing import NamedTuple
+
+import timing
+
+COLUMNS = 8192
+WEIGHTS = 8
+KERAS = "Keras AdamW"
+OURS = {"ours, 8 bits": "AdamW8bit", "ours, float8": "AdamWFp8", "ours, 4 bits": "AdamW4bit"}
+OTHERS = {"torch fused AdamW": "torch", "bitsandbytes AdamW8bit": "bitsandbytes"}
+
+
+class Result(NamedTuple):
+    """What one subject came to.
+
+    Attributes:
+        seconds: a step, the least of several.
+        state_bytes: a parameter, read from the live arrays.
+        extra: the most that a step held beyond weights, gradients and state, as a share of the state; None where the
+            device doesn't tell.
+    """
+
+    seconds: float
+    state_bytes: float
+    extra: float | None
+
+
+def keras_optimizer(name):
+    """Returns the optimizer of a subject that is Keras's or ours."""
+    import keras
+
+    if name == KERAS:
+        return keras.optimizers.AdamW(1e-3)
+    import keras_precision
+
+    return getattr(keras_precision.optimizers, OURS[name])(1e-3)
+
+
+def keras_step(name, rows):
+    """Returns (step, bytes of the state, device that tells its memory or None)."""
+    import keras
+    import numpy as np
+
+    optimizer = keras_optimizer(name)
+    values = np.random.default_rng(0).standard_normal((rows, COLUMNS), dtype="float32")
+    weights = [keras.Variable(np.float32(0.02) * values) for _ in range(WEIGHTS)]
+    gradients = [keras.ops.convert_to_tensor(np.float32(0.01) * np.flip(values)) for _ in weights]
+    optimizer.build(weights)
+    nbytes = sum(getattr(v.value, "nbytes", 0) or keras.ops.convert_to_numpy(v).nbytes for v in optimizer.variables)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        compiled = jax.jit(lambda w, s, g: optimizer.stateless_apply(s, g, w), donate_argnums=(0, 1))
+        values = [v.value for v in weights], [v.value for v in optimizer.variables]
+        for variable in (*weights, *optimizer.variables):
+            variable._value = None  # what is donated may have no other owner
+
+        def step():
+            nonlocal values
+            values = compiled(*values, gradients)
+            jax.block_until_ready(values)
+
+        return step, nbytes, jax.devices()[0]
+    import tensorflow as tf
+
+    compiled = tf.function(lambda: optimizer.apply(gradients, weights), jit_compile=True)
+
+    def step():
+        compiled()
+        weights[-1].value[0, 0].numpy()
+
+    return step, nbytes, None
+
+
+def torch_step(name, rows):
+    """Returns the same for torch's and bitsandbytes' optimizers; the latter needs a GPU."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = [torch.nn.Parameter(0.02 * torch.randn(rows, COLUMNS, device=device)) for _ in range(WEIGHTS)]
+    for weight in weights:
+        weight.grad = 0.01 * torch.randn_like(weight)
+    if OTHERS[name] == "torch":
+        optimizer = torch.optim.AdamW(weights, 1e-3, fused=True)
+    else:
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.AdamW8bit(weights, 1e-3)
+
+    def step():
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    step()
+    tensors = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+    return step, sum(x.numel() * x.element_size() for x in tensors), None
+
+
+def serve(name: str, rows: int, samples: int) -> None:
+    """Answers with a result."""
+    step, nbytes, device = (torch_step if name in OTHERS else keras_step)(name, rows)
+    step()
+    memory = device.memory_stats() if device is not None else None
+    step()
+    taken = []
+    for _ in range(samples):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    extra = None
+    if memory:
+        # The greatest up to now, which the first step may have set, over what is held between steps.
+        after = device.memory_stats()
+        extra = (after["peak_bytes_in_use"] - after["bytes_in_use"]) / nbytes
+    timing.reply(Result(min(taken), nbytes / (rows * COLUMNS * WEIGHTS), extra))
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backends", default=",".join(timing.BACKENDS), help="Keras backends, by commas")
+    parser.add_argument("--parameters", default="3.2e7", help="numbers of them, by commas; on a GPU 124e6,1e9")
+    parser.add_argument("--samples", type=int, default=7, help="steps, of which the fastest counts")
+    parser.add_argument("--only", type=lambda text: text.split(";"), help="subjects, by semicolons")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        serve(arguments.worker, *json.loads(os.environ["OPTIMIZER_STEP"]))
+        return
+    subjects = [KERAS, *OURS, *(name for name, module in OTHERS.items() if importlib.util.find_spec(module))]
+    for count in map(float, arguments.parameters.split(",")):
+        rows = max(round(count / COLUMNS / WEIGHTS), 1)
+        os.environ["OPTIMIZER_STEP"] = json.dumps([rows, arguments.samples])
+        for backend in arguments.backends.split(","):
+            results = {}
+            for name in arguments.only or subjects:
+                with timing.Worker(__file__, name, backend) as worker:
+                    results[name] = Result(*worker.read())
+            print_table(backend, rows * COLUMNS * WEIGHTS, results, arguments.samples)
+
+
+def print_table(backend: str, parameters: int, results: dict[str, Result], samples: int) -> None:
+    """Prints a row for each subject, with its time as a multiple of stock Keras's."""
+    from rich.console import Console
+    from rich.table import Table
+
+    caption = f"{platform.machine()}, {os.cpu_count()} cores. Least of {samples} steps. {' '.join(sys.argv[1:])}"
+    table = Table("backend", "optimizer", title=f"AdamW step, {parameters:,} float32 parameters", caption=caption)
+    for heading in ("ms", "to Keras's", "state bytes a parameter", "extra memory"):
+        table.add_column(heading, justify="right")
+    for name, result in results.items():
+        ratio = f"{result.seconds / results[KERAS].seconds:.2f}" if KERAS in results else ""
+        extra = "" if result.extra is None else f"{result.extra:.1%}"
+        table.add_row(backend, name, f"{result.seconds * 1e3:.2f}", ratio, f"{result.state_bytes:.3f}", extra)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 140
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
