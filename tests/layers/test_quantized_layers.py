@@ -8,7 +8,7 @@ from keras import layers, ops
 import keras_precision as kp
 from keras_precision import _bridge
 from keras_precision.formats import FORMATS, Codec
-from keras_precision.layers.quantized import is_quantized
+from keras_precision.layers.quantized import is_quantized, prepare
 from keras_precision.layers.sites import SITES, sites_of_class
 
 CODECS = [name for name, entry in FORMATS.items() if isinstance(entry, Codec)]
@@ -57,6 +57,17 @@ def quantized_inside(layer):
     return [inner for inner in _bridge.flatten_layers(layer) if is_quantized(inner)]
 
 
+def staged(function):
+    """Returns a function compiled as the backend compiles a training step."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    import tensorflow as tf
+
+    return tf.function(function, autograph=False)
+
+
 def test_every_site_has_a_case():
     assert set(CASES) == set(SITES)
 
@@ -84,6 +95,9 @@ def test_contract(site, fmt):
     has_activations = fmt in ("int8", "llm-int8") and site in (layers.Dense, layers.EinsumDense)
     tolerance = 0.02 * np.abs(expected).max() if has_activations else 1e-5
     np.testing.assert_allclose(ops.convert_to_numpy(outputs), expected, rtol=0, atol=tolerance)
+    # Compiled, it gives the same but for sums in another order.
+    compiled = ops.convert_to_numpy(staged(layer)(ops.convert_to_tensor(inputs)))
+    np.testing.assert_allclose(compiled, ops.convert_to_numpy(outputs), rtol=0, atol=1e-5)
     # Nothing of the base is trained, and its memory holds no float copy.
     encoded_variables = {id(v) for e in inner.encoded_weights.values() for v in e.variables.values()}
     assert not encoded_variables & {id(v) for v in layer.trainable_variables}
@@ -111,6 +125,44 @@ def test_contract(site, fmt):
         variable.assign(ops.zeros(variable.shape, variable.dtype))
     inner_third.load_own_variables({name: ops.convert_to_numpy(value) for name, value in store.items()})
     np.testing.assert_array_equal(ops.convert_to_numpy(third(inputs)), ops.convert_to_numpy(outputs))
+
+
+@pytest.mark.parametrize("fmt", CODECS)
+@pytest.mark.parametrize("site", CASES, ids=lambda cls: cls.__name__)
+def test_special_values(site, fmt):
+    """Zeros, denormals and the largest numbers of each weight; inf and NaN are refused."""
+    layer, codec = made(site, "float32")[0], FORMATS[fmt]
+    inner = layer if type(layer) is site else layer.cell
+    largest = float(np.finfo("float32").max)
+    for place in (place.attribute for place in sites_of_class(site).sites):
+        variable = getattr(inner, place)
+        weight = ops.convert_to_numpy(variable).copy()
+        for value in (np.inf, np.nan):
+            weight.flat[weight.size // 2] = value
+            variable.assign(weight)
+            with pytest.raises(ValueError, match="finite"):
+                prepare(inner, codec)
+        for start, value in enumerate((0.0, -0.0, 1e-40, -largest)):
+            weight.flat[start::5] = value
+        weight.flat[weight.size // 2] = 1.0
+        variable.assign(weight)
+        encoded, arrays = prepare(inner, codec).weights[place]
+        variable.assign(np.ones_like(weight))  # finite for the next
+        matrix = np.transpose(weight, encoded.contracted + encoded.kept).reshape(encoded.matrix_shape)
+        tensors = {name: ops.convert_to_tensor(array) for name, array in arrays.items()}
+        decoded = ops.convert_to_numpy(codec.decode(tensors, encoded.matrix_shape, "float32")).astype("float64")
+        assert np.isfinite(decoded).all()
+        # As in `test_contract`; each of the float32 steps between may round up by 2**-24.
+        assert np.abs(decoded - matrix).max() <= (1 / 6 + 1 / 32 + 1e-6) * np.abs(matrix).max()
+    encoded, arrays = prepare(_zeroed(inner), codec).weights[sites_of_class(site).sites[0].attribute]
+    tensors = {name: ops.convert_to_tensor(array) for name, array in arrays.items()}
+    assert not ops.convert_to_numpy(codec.decode(tensors, encoded.matrix_shape, "float32")).any()
+
+
+def _zeroed(layer):
+    for variable in layer.variables:
+        variable.assign(ops.zeros(variable.shape, variable.dtype))
+    return layer
 
 
 @pytest.mark.parametrize("fmt", CODECS)
