@@ -134,7 +134,7 @@ class LowBit(OptimizerWrapper):
         >>> layer = keras.layers.Dense(64, use_bias=False)
         >>> layer.build((None, 64))
         >>> optimizer.build(layer.trainable_variables)
-        >>> [(v.dtype, v.shape) for v in optimizer.variables[2:]]
+        >>> [(v.dtype, tuple(v.shape)) for v in optimizer.variables[2:]]
         [('uint8', (4096,)), ('float32', (16,)), ('uint8', (4096,)), ('float32', (16,))]
     """
 
