@@ -107,7 +107,6 @@ def serve(side: str) -> None:
     """Answers {"train": ..., "file": ...} when the models are in the file, {"file": ..., "format": ...} with a row."""
     if side == "ours":
         import keras_precision
-
         from keras_precision.formats import FORMATS, Codec
 
         formats = [name for name, entry in FORMATS.items() if isinstance(entry, Codec)]
@@ -121,13 +120,13 @@ def serve(side: str) -> None:
             file.write_bytes(pickle.dumps(train(**asked["train"])))
             timing.reply(None)
             continue
-        name = asked["format"]
-        if name is None:
-            quantize = lambda model: None  # noqa: E731
-        elif side == "ours":
-            quantize = lambda model: keras_precision.quantize(model, f"{name}_from_float32", verbose=0)  # noqa: E731
-        else:
-            quantize = lambda model: model.quantize(name)  # noqa: E731
+
+        def quantize(model, name=asked["format"]):
+            if name is not None and side == "ours":
+                keras_precision.quantize(model, f"{name}_from_float32", verbose=0)
+            elif name is not None:
+                model.quantize(name)
+
         timing.reply(evaluate(pickle.loads(file.read_bytes()), quantize))
 
 

@@ -1,6 +1,7 @@
 """Touches what Keras does not document of variables: their dtype, their layout, and the layer that tracks them."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -87,11 +88,8 @@ def add_variable_like(layer: keras.Layer, attribute: str, value: Any, like: dict
     path, regularizer, constraint = (facts.pop(name) for name in ("path", "regularizer", "constraint"))
     variable = keras.Variable(value, **facts)
     variable._path, variable.regularizer, variable.constraint = path, regularizer, constraint
-    locked = layer._tracker.locked
-    layer._tracker.unlock()
-    setattr(layer, attribute, variable)
-    if locked:
-        layer._tracker.lock()
+    with _unlocked(layer):
+        setattr(layer, attribute, variable)
     return variable
 
 
@@ -110,9 +108,16 @@ def facts_of(variable: keras.Variable) -> dict[str, Any]:
 
 def track(layer: keras.Layer, variable: keras.Variable) -> None:
     """Makes a variable one of a layer's own, built or not."""
+    with _unlocked(layer):
+        layer._track_variable(variable)
+
+
+@contextlib.contextmanager
+def _unlocked(layer) -> Iterator[None]:
+    """Lets a layer that has built take variables."""
     locked = layer._tracker.locked
     layer._tracker.unlock()
-    layer._track_variable(variable)
+    yield
     if locked:
         layer._tracker.lock()
 

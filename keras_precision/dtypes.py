@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -283,3 +284,9 @@ def safe_mask_value(dtype: Any) -> float:
     -16376.0
     """
     return -info(dtype).max / 4
+
+
+def measured_bytes(variables: Iterable[Any]) -> int:
+    """Returns the bytes of the live arrays behind `variables`, each variable counted once."""
+    unique = {id(variable): variable for variable in variables}
+    return sum(math.prod(v.shape) * nbytes(v.value.dtype) for v in unique.values())

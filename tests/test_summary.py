@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import keras_precision as kp
-from keras_precision.report.summary import Summary, measured_bytes
+from keras_precision.dtypes import measured_bytes
+from keras_precision.report.summary import Summary
 
 
 def mlp(**kwargs):

@@ -14,8 +14,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from keras_precision.dtypes import measured_bytes
 from keras_precision.policies import policy_scope
-from keras_precision.report.summary import measured_bytes
 
 BATCH_SIZE = 32
 # 44 whole batches: no odd last batch, so that a step is compiled only once.

@@ -31,6 +31,11 @@ class Part:
     dtype: str
     axes: tuple[int | None, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * dtypes.nbytes(self.dtype)
+
 
 @dataclass(frozen=True)
 class Format:
@@ -158,8 +163,7 @@ class Codec(Format, abc.ABC):
 
     def bits_per_parameter(self, shape: tuple[int, int]) -> float:
         """Returns the bits that one element of a matrix of this shape takes, scales included."""
-        nbytes = sum(math.prod(part.shape) * dtypes.nbytes(part.dtype) for part in self.parts(shape).values())
-        return nbytes * 8 / math.prod(shape)
+        return sum(part.nbytes for part in self.parts(shape).values()) * 8 / math.prod(shape)
 
 
 FORMATS: dict[str, Format] = {}

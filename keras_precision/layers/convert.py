@@ -37,12 +37,11 @@ def set_policy(model: keras.Layer, policy) -> None:
         >>> model.layers[0].kernel.dtype, model.outputs[0].dtype
         ('bfloat16', 'bfloat16')
     """
-    if not isinstance(model, keras.Layer):
-        raise TypeError(f"Expected a Keras model or layer. Received: {model!r} (of type {type(model).__name__}).")
+    require_layer(model)
     if policy is None:
         raise ValueError("Expected a policy, its name, or a DTypePolicyMap. Received: None. Pass 'mixed_bfloat16'.")
     policy = registry.get(policy)
-    layers = [layer for layer in _bridge.flatten_layers(model) if _has_float_policy(layer)]
+    layers = [layer for layer in _bridge.flatten_layers(model) if has_float_policy(layer)]
     new_policies = [(layer, _policy_for(policy, layer)) for layer in layers]
     for layer, new_policy in new_policies:
         _require_convertible(layer, new_policy)
@@ -56,7 +55,14 @@ def set_policy(model: keras.Layer, policy) -> None:
         report_unmatched(policy)
 
 
-def _has_float_policy(layer):
+def require_layer(model) -> None:
+    """Raises a TypeError unless it is given a model or layer."""
+    if not isinstance(model, keras.Layer):
+        raise TypeError(f"Expected a Keras model or layer. Received: {model!r} (of type {type(model).__name__}).")
+
+
+def has_float_policy(layer: keras.Layer) -> bool:
+    """Returns whether a layer computes in floats, so that policies are meant for it."""
     return keras.backend.is_float_dtype(attached(layer).compute_dtype)
 
 

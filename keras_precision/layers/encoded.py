@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_precision import _bridge, _bridge_variables, dtypes
+from keras_precision import _bridge_variables, dtypes
 from keras_precision.formats import Codec
 from keras_precision.kernels.compiled import compiled
 
@@ -104,7 +104,7 @@ class EncodedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the live arrays."""
-        return sum(math.prod(v.shape) * dtypes.nbytes(_bridge.stored_dtype(v)) for v in self.variables.values())
+        return dtypes.measured_bytes(self.variables.values())
 
 
 @functools.lru_cache(maxsize=None)

@@ -122,12 +122,9 @@ def quantize(model: keras.Layer, policy, skip: Iterable = (), verbose: int = 1) 
         >>> report.layers[0].bits_per_parameter, model.layers[0].dtype_policy.name
         (4.5, 'nf4_from_float32')
     """
-    if not isinstance(model, keras.Layer):
-        raise TypeError(f"Expected a Keras model or layer. Received: {model!r} (of type {type(model).__name__}).")
+    convert.require_layer(model)
     policy_map = _as_map(policy)
-    layers = [
-        layer for layer in _bridge.flatten_layers(model) if keras.backend.is_float_dtype(attached(layer).compute_dtype)
-    ]
+    layers = [layer for layer in _bridge.flatten_layers(model) if convert.has_float_policy(layer)]
     _require_convertible(layers)
     kept = set(layers_matching(layers, skip, "skip"))
     chosen = [(layer, policy_map.resolve(layer)) for layer in layers if layer not in kept]
@@ -137,7 +134,7 @@ def quantize(model: keras.Layer, policy, skip: Iterable = (), verbose: int = 1) 
             f"Expected a policy that quantizes at least one layer with a weight to quantize. Received: {policy!r}, by "
             "which none is. `DTypePolicyMap.explain(model)` shows which rule decides for each layer."
         )
-    before = {id(layer): _own_bytes(layer) for layer in layers}
+    before = {id(layer): dtypes.measured_bytes(_bridge.own_variables(layer)) for layer in layers}
     prepared, errors = {}, {}
     with _progress(verbose) as progress:
         task = progress.add_task("quantize", total=len(quantized))
@@ -183,8 +180,7 @@ def dequantize(model: keras.Layer) -> None:
         >>> model.layers[0].dtype_policy.name, model.layers[0].kernel.dtype
         ('float32', 'float32')
     """
-    if not isinstance(model, keras.Layer):
-        raise TypeError(f"Expected a Keras model or layer. Received: {model!r} (of type {type(model).__name__}).")
+    convert.require_layer(model)
     layers = _bridge.flatten_layers(model)
     if not any(is_quantized(layer) for layer in layers):
         raise ValueError("Expected a model with quantized layers. Received one without. Call quantize first.")
@@ -229,10 +225,6 @@ def _require_convertible(layers):
             )
 
 
-def _own_bytes(layer):
-    return sum(math.prod(v.shape) * dtypes.nbytes(_bridge.stored_dtype(v)) for v in _bridge.own_variables(layer))
-
-
 def _error_of(prepared):
     """Returns the relative error of a layer's encoded weights, one at a time in memory."""
     sums = [
@@ -245,7 +237,7 @@ def _error_of(prepared):
 
 def _row(layer, bytes_before, error, is_skipped):
     own = _bridge.own_variables(layer)
-    parameters, nbytes = sum(math.prod(v.shape) for v in own), _own_bytes(layer)
+    parameters, nbytes = sum(math.prod(v.shape) for v in own), dtypes.measured_bytes(_bridge.own_variables(layer))
     note = ""
     if is_quantized(layer):
         encoded = layer.encoded_weights.values()

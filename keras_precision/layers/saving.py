@@ -6,7 +6,7 @@ import contextlib
 import keras
 
 from keras_precision import _bridge
-from keras_precision.layers.convert import change_policy
+from keras_precision.layers.convert import change_policy, has_float_policy
 from keras_precision.policies import registry
 from keras_precision.policies.policy_map import DTypePolicyMap
 from keras_precision.policies.quantized import QuantizedDTypePolicy
@@ -32,7 +32,7 @@ def saved_dtype(layer: keras.Layer) -> dict | None:
     is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
     if is_map and not _bridge.is_placed(layer):
         return None
-    inner = [child for child in _bridge.flatten_layers(layer)[1:] if _is_float(child)]
+    inner = [child for child in _bridge.flatten_layers(layer)[1:] if has_float_policy(child)]
     is_keras_class = _bridge.is_keras_class(type(layer))
     own = attached(layer)
     policies = [attached(child) for child in inner]
@@ -51,10 +51,6 @@ def saved_dtype(layer: keras.Layer) -> dict | None:
             "inner": [registry.serialize(policy) for policy in policies],
         },
     }
-
-
-def _is_float(layer):
-    return keras.backend.is_float_dtype(attached(layer).compute_dtype)
 
 
 def _map_by_name(layer, own, inner):
@@ -129,7 +125,7 @@ def _nothing(loaded):
 def _give(layer, saved):
     if not saved:
         return
-    inner = [child for child in _bridge.flatten_layers(layer)[1:] if _is_float(child)]
+    inner = [child for child in _bridge.flatten_layers(layer)[1:] if has_float_policy(child)]
     if len(inner) != len(saved):
         raise ValueError(
             f"Layer '{_bridge.layer_path(layer)}' was saved with policies for {len(saved)} sublayers and has "

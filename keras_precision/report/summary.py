@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -12,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from keras_precision import _bridge, dtypes, policies
+from keras_precision import _bridge, policies
+from keras_precision.dtypes import measured_bytes
 from keras_precision.policies.registry import output_dtype
 from keras_precision.rich_text import RichText
 
@@ -131,12 +131,6 @@ def summary(model: keras.Layer) -> Summary:
     else:
         print(report)  # a pipe has no edge to fold at, where rich would take 80 columns
     return report
-
-
-def measured_bytes(variables: Iterable[keras.Variable]) -> int:
-    """Returns the bytes of the live arrays behind `variables`, each variable counted once."""
-    unique = {id(variable): variable for variable in variables}
-    return sum(math.prod(v.shape) * dtypes.nbytes(v.value.dtype) for v in unique.values())
 
 
 def _summarize(layer: keras.Layer, variables: list[keras.Variable]) -> LayerSummary:

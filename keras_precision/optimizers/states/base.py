@@ -8,7 +8,6 @@ from typing import Any
 
 import keras
 
-from keras_precision import dtypes
 from keras_precision.formats.base import Part
 from keras_precision.optimizers.states.geometry import Folding
 
@@ -128,8 +127,7 @@ class StateFormat(abc.ABC):
 
     def bits_per_parameter(self, shape: tuple[int, ...]) -> float:
         """Returns the bits that one element of a slot of this shape takes, scales included."""
-        nbytes = sum(math.prod(part.shape) * dtypes.nbytes(part.dtype) for part in self.parts(shape).values())
-        return nbytes * 8 / math.prod(shape)
+        return sum(part.nbytes for part in self.parts(shape).values()) * 8 / math.prod(shape)
 
     @abc.abstractmethod
     def _quantized(self, grouped, is_signed):
