@@ -2,6 +2,7 @@
 
 Each subject runs in a process of its own, one after the other. A weight has 8192 columns; gradients are given. On JAX the
 step is jitted and donates weights and state; on TensorFlow it is a tf.function compiled by XLA, for Keras's as for ours.
+A sample is several steps, put in the device's queue as training does, and the wait for the last one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import timing
 
+STEPS = 5  # a sample
 COLUMNS = 8192
 WEIGHTS = 8
 KERAS = "Keras AdamW"
@@ -51,7 +53,7 @@ def keras_optimizer(name):
 
 
 def keras_step(name, rows):
-    """Returns (step, bytes of the state, device that tells its memory or None)."""
+    """Returns (function that begins a step, one that waits for it, bytes of the state, device that tells its memory or None)."""
     import keras
     import numpy as np
 
@@ -72,18 +74,13 @@ def keras_step(name, rows):
         def step():
             nonlocal values
             values = compiled(*values, gradients)
-            jax.block_until_ready(values)
 
-        return step, nbytes, jax.devices()[0]
+        return step, lambda: jax.block_until_ready(values), nbytes, jax.devices()[0]
     import tensorflow as tf
 
     compiled = tf.function(lambda: optimizer.apply(gradients, weights), jit_compile=True)
 
-    def step():
-        compiled()
-        weights[-1].value[0, 0].numpy()
-
-    return step, nbytes, None
+    return compiled, lambda: weights[-1].value[0, 0].numpy(), nbytes, None
 
 
 def torch_step(name, rows):
@@ -101,27 +98,28 @@ def torch_step(name, rows):
 
         optimizer = bitsandbytes.optim.AdamW8bit(weights, 1e-3)
 
-    def step():
-        optimizer.step()
+    def wait():
         if device == "cuda":
             torch.cuda.synchronize()
 
-    step()
+    optimizer.step()
     tensors = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-    return step, sum(x.numel() * x.element_size() for x in tensors), None
+    return optimizer.step, wait, sum(x.numel() * x.element_size() for x in tensors), None
 
 
 def serve(name: str, rows: int, samples: int) -> None:
     """Answers with a result."""
-    step, nbytes, device = (torch_step if name in OTHERS else keras_step)(name, rows)
+    step, wait, nbytes, device = (torch_step if name in OTHERS else keras_step)(name, rows)
     step()
+    wait()
     memory = device.memory_stats() if device is not None else None
-    step()
     taken = []
     for _ in range(samples):
         start = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - start)
+        for _ in range(STEPS):
+            step()
+        wait()
+        taken.append((time.perf_counter() - start) / STEPS)
     extra = None
     if memory:
         # The greatest up to now, which the first step may have set, over what is held between steps.
@@ -135,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default=",".join(timing.BACKENDS), help="Keras backends, by commas")
     parser.add_argument("--parameters", default="3.2e7", help="numbers of them, by commas; on a GPU 124e6,1e9")
-    parser.add_argument("--samples", type=int, default=7, help="steps, of which the fastest counts")
+    parser.add_argument("--samples", type=int, default=7, help=f"times {STEPS} steps, of which the fastest count")
     parser.add_argument("--only", type=lambda text: text.split(";"), help="subjects, by semicolons")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -159,7 +157,9 @@ def print_table(backend: str, parameters: int, results: dict[str, Result], sampl
     from rich.console import Console
     from rich.table import Table
 
-    caption = f"{platform.machine()}, {os.cpu_count()} cores. Least of {samples} steps. {' '.join(sys.argv[1:])}"
+    caption = (
+        f"{platform.machine()}, {os.cpu_count()} cores. Least of {samples} x {STEPS} steps. {' '.join(sys.argv[1:])}"
+    )
     table = Table("backend", "optimizer", title=f"AdamW step, {parameters:,} float32 parameters", caption=caption)
     for heading in ("ms", "to Keras's", "state bytes a parameter", "extra memory"):
         table.add_column(heading, justify="right")

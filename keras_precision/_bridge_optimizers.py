@@ -158,3 +158,22 @@ class SavedVariables(KerasSaveable):
         for name, variable in self.by_name.items():
             if name in saved:
                 variable.assign(store[name])
+
+
+class DecaysInStep:
+    """Makes an optimizer decay each weight when it updates it, not all before (mixed in by `_bridge.specialise`).
+
+    For optimizers that call `decay_now` in their `update_step`. On TensorFlow,
+    where all replicas decay together, nothing changes.
+    """
+
+    def _apply_weight_decay(self, variables):
+        if keras.backend.backend() == "tensorflow":
+            super()._apply_weight_decay(variables)
+        else:
+            vars(self)["_to_decay"] = list(variables)
+
+    def decay_now(self, variable):
+        """Decays a weight if the optimizer decays this one."""
+        if any(variable is other for other in vars(self).get("_to_decay", ())):
+            super()._apply_weight_decay([variable])

@@ -7,14 +7,16 @@ import re
 from typing import NamedTuple
 
 import keras
+from keras import ops
 
 from keras_precision import _bridge, _bridge_optimizers, _bridge_variables
-from keras_precision.optimizers import slot_files, slots
+from keras_precision.optimizers import row_step, slot_files, slots
 from keras_precision.optimizers.packed_slot import PackedSlot
 from keras_precision.optimizers.states import STATE_FORMATS, StateFormat
 from keras_precision.optimizers.wrapper import OptimizerWrapper
 
 FLOAT32 = "float32"
+_CONSTANTS = (keras.initializers.Zeros, keras.initializers.Ones, keras.initializers.Constant)
 # Rows of a table get gradients seldom and unevenly, which 8 bits were seen to make unstable (Dettmers et al. 2022, 2.3).
 _EMBEDDINGS = (r"embeddings$", FLOAT32)
 
@@ -34,7 +36,7 @@ class _Choice(NamedTuple):
         return self.state_format if math.prod(variable.shape) >= self.min_size else None
 
 
-class PacksSlots:
+class PacksSlots(_bridge_optimizers.DecaysInStep):
     """Makes the slots of an optimizer packed ones (mixed in by `_bridge.specialise`).
 
     The variables that store them are the optimizer's own, in the places that
@@ -55,9 +57,14 @@ class PacksSlots:
         initializer = keras.initializers.get(initializer)
 
         def initial(part):
-            return lambda shape_of_part, dtype: state_format.encode(initializer(shape, dtype="float32"), is_signed)[
-                part
-            ]
+            def value(shape_of_part, dtype):
+                # Blocks of a constant are alike: the whole weight in float32 is not needed.
+                if isinstance(initializer, _CONSTANTS):
+                    block = state_format.encode_rows(initializer((1, state_format.block_size), "float32"), is_signed)
+                    return ops.broadcast_to(ops.reshape(block[part], (-1,))[0], shape_of_part)
+                return state_format.encode(initializer(shape, dtype="float32"), is_signed)[part]
+
+            return value
 
         path = f"{reference_variable.path.replace('/', '_')}_{name}"
         parts = {
@@ -70,7 +77,7 @@ class PacksSlots:
             )
             for part, facts in state_format.parts(shape).items()
         }
-        slot = PackedSlot(name, path, shape, state_format, is_signed, parts)
+        slot = PackedSlot(name, path, reference_variable, state_format, is_signed, parts)
         self._packed_slots.append(slot)
         return slot
 
@@ -81,8 +88,17 @@ class PacksSlots:
 
     def update_step(self, gradient, variable, learning_rate):
         """Updates one weight and stores the states that it changed."""
-        super().update_step(gradient, variable, learning_rate)
-        self._flush()
+        update = super().update_step
+
+        def step(gradient):
+            self.decay_now(variable)
+            update(gradient, variable, learning_rate)
+
+        slots_of_weight = [slot for slot in self._packed_slots if slot.weight is variable]
+        others = [entry for entry in self.entries if not isinstance(entry, PackedSlot)]
+        if not row_step.update(step, gradient, variable, slots_of_weight, others):
+            step(gradient)
+            self._flush()
 
     def _flush(self):
         for slot in self._packed_slots:

@@ -19,7 +19,7 @@ class PackedSlot:
     Args:
         name: of the slot.
         path: of the slot.
-        shape: tuple.
+        weight: the variable that it is a state of.
         state_format: how it is stored.
         is_signed: False if it is never negative.
         parts: the variables that store it, as `state_format.parts` names them.
@@ -28,10 +28,13 @@ class PackedSlot:
     dtype = "float32"
     trainable = False
 
-    def __init__(self, name, path, shape, state_format: StateFormat, is_signed: bool, parts: dict[str, keras.Variable]):
+    def __init__(
+        self, name, path, weight, state_format: StateFormat, is_signed: bool, parts: dict[str, keras.Variable]
+    ):
         self.name = name
         self.path = path
-        self.shape = tuple(shape)
+        self.weight = weight
+        self.shape = tuple(weight.shape)
         self.state_format = state_format
         self.is_signed = is_signed
         self.parts = parts
@@ -80,10 +83,26 @@ class PackedSlot:
     def flush(self) -> None:
         """Stores what was assigned, and forgets the float32 values."""
         value, is_changed = self._value, self._is_changed
-        self._value, self._is_changed = None, False
+        self.forget()
         if is_changed:
             for name, tensor in self.state_format.encode(value, self.is_signed).items():
                 self.parts[name].assign(tensor)
+
+    def forget(self) -> None:
+        """Drops what was assigned and not stored."""
+        self._value, self._is_changed = None, False
+
+    def rows(self) -> list:
+        """Returns the stored parts with a row for each block, as `StateFormat.decode_rows` takes them."""
+        return [
+            ops.reshape(_bridge_variables.tensor_of(part), (-1, *shape))
+            for part, shape in zip(self.parts.values(), self.state_format.row_shapes.values(), strict=True)
+        ]
+
+    def store_rows(self, rows) -> None:
+        """Stores parts as `rows` returns them."""
+        for part, tensor in zip(self.parts.values(), rows, strict=True):
+            part.assign(ops.reshape(tensor, part.shape))
 
     def numpy(self):
         """Returns the value as a NumPy array."""

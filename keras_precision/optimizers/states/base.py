@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_precision.formats.base import Part
+from keras_precision.kernels.rows import look_up
 from keras_precision.optimizers.states.geometry import Folding
 
 LEAST_BLOCK_SIZE = 16
@@ -122,8 +124,46 @@ class StateFormat(abc.ABC):
         """
         folding = self._folding(shape)
         codes = folding.split(self._loaded(parts["codes"], folding.cols))
-        values = self._dequantized(codes, parts["scale"][..., None], is_signed)
+        values = self._dequantized(codes, parts["scale"][..., None], is_signed, look_up)
         return keras.ops.reshape(folding.join(values), shape)
+
+    def has_rows(self, shape: tuple[int, ...]) -> bool:
+        """Returns whether a slot of this shape is rows of whole blocks one after the other, and so are its parts."""
+        return self._folding(shape).cols % self.block_size == 0
+
+    @property
+    def row_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each part of one block."""
+        return {"codes": (self.block_size * self.bits // 8,), "scale": ()}
+
+    def tables(self, is_signed: bool) -> tuple[np.ndarray, ...]:
+        """Returns the tables that `decode_rows` looks numbers up in."""
+        return ()
+
+    def encode_rows(self, value, is_signed: bool) -> dict[str, Any]:
+        """Returns the parts of some blocks: what `encode` does, but for shapes.
+
+        Args:
+            value: float32 tensor (n_rows, block_size).
+            is_signed: as for `encode`.
+
+        Returns:
+            For each part a tensor (n_rows, *row_shapes[name]).
+        """
+        codes, scale = self._quantized(value, is_signed)
+        return {"codes": self._stored(codes), "scale": scale}
+
+    def decode_rows(self, parts, is_signed: bool, look_up=look_up):
+        """Returns what parts stand for that `encode_rows` returned: a float32 tensor (n_rows, block_size).
+
+        Args:
+            parts: tensors.
+            is_signed: as they were encoded.
+            look_up: function of one of `tables` and codes, where tables must
+                not be constants of a program.
+        """
+        codes = self._loaded(parts["codes"], self.block_size)
+        return self._dequantized(codes, parts["scale"][..., None], is_signed, look_up)
 
     def bits_per_parameter(self, shape: tuple[int, ...]) -> float:
         """Returns the bits that one element of a slot of this shape takes, scales included."""
@@ -134,7 +174,7 @@ class StateFormat(abc.ABC):
         """Returns codes (*lead, n_blocks, block_size), as `_stored` takes them, and scale (*lead, n_blocks) of blocks."""
 
     @abc.abstractmethod
-    def _dequantized(self, codes, scale, is_signed):
+    def _dequantized(self, codes, scale, is_signed, look_up):
         """Returns float32 (*lead, n_blocks, block_size) of codes, as `_loaded` gives them, and scale (*lead, n_blocks, 1)."""
 
     def _stored(self, codes):

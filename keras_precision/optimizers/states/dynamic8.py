@@ -26,6 +26,10 @@ class Dynamic8(StateFormat):
     of an unsigned slot are raised to the least value, 3.25e-7 of the greatest.
     """
 
+    def tables(self, is_signed):
+        """Returns the values of the codes."""
+        return ((SIGNED if is_signed else UNSIGNED).array,)
+
     def _quantized(self, grouped, is_signed):
         if is_signed:
             scale = absmax.peak(grouped)
@@ -34,8 +38,8 @@ class Dynamic8(StateFormat):
         least = ops.cast(absmax.is_positive(grouped), "int32")
         return ops.maximum(UNSIGNED.nearest(grouped, scale), least), scale
 
-    def _dequantized(self, codes, scale, is_signed):
-        return (SIGNED if is_signed else UNSIGNED).decode(codes) * scale
+    def _dequantized(self, codes, scale, is_signed, look_up):
+        return (SIGNED if is_signed else UNSIGNED).decode(codes, look_up) * scale
 
 
 DYNAMIC8 = register_state_format(Dynamic8("dynamic8", bits=8, block_size=256))

@@ -39,7 +39,7 @@ class Float8(StateFormat):
         # Rounding the scale may take the greatest beyond 448, and casts don't saturate: 480 would become NaN.
         return ops.clip(scaled, -E4M3.max, E4M3.max), scale
 
-    def _dequantized(self, codes, scale, is_signed):
+    def _dequantized(self, codes, scale, is_signed, look_up):
         product = codes * scale
         return product if is_signed else ops.square(product)
 
@@ -55,8 +55,8 @@ def _scale(greatest):
     it is rounded down.
     """
     pattern = ops.view(greatest * (1 / E4M3.max), "int32")
-    kept = ops.bitwise_and(pattern + 8, ops.convert_to_tensor(-16, "int32"))
-    return ops.view(kept, "float32")
+    kept = ops.view(pattern + 8 & -16, "float32")
+    return ops.where(greatest >= 0, kept, greatest)  # the pattern of a GPU's NaN, all ones, would overflow
 
 
 FLOAT8_STATE = register_state_format(Float8(FLOAT8.name, bits=8, block_size=256, code_dtype="float8_e4m3fn"))

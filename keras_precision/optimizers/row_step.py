@@ -1,0 +1,99 @@
+"""One weight's update with the states in few bits, run on some rows of blocks at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import keras
+from keras import ops
+
+from keras_precision.kernels import elementwise, rows
+from keras_precision.optimizers.packed_slot import PackedSlot
+
+
+def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[PackedSlot], others: Sequence) -> bool:
+    """Runs a step that changes a weight and its slots without ever holding a slot in float32 as a whole.
+
+    The step is Keras's: it is recorded once, and what it does to an element is
+    done to each, between decoding and encoding, in one pass over memory.
+
+    Args:
+        step: function without arguments, which reads and assigns.
+        gradient: tensor.
+        weight: trainable variable.
+        slots: all states of the weight.
+        others: further variables that the step may assign.
+
+    Returns:
+        False if nothing was done: this backend or device can't, blocks lie
+        across the ends of rows, the step mixes elements as norms do, or it
+        changes others.
+    """
+    if not slots or not rows.can_run(gradient) or keras.distribution.distribution() is not None:
+        return False
+    if len({slot.state_format.block_size for slot in slots}) > 1 or not all(
+        slot.state_format.has_rows(slot.shape) for slot in slots
+    ):
+        return False
+    try:
+        program = _recorded(step, gradient, weight, slots, others)
+    except elementwise.NotElementwise:
+        return False
+    width = slots[0].state_format.block_size
+
+    def of_rows(changed, read, scalars, look_up):
+        old, *stored = changed
+        values = [
+            slot.state_format.decode_rows(dict(zip(slot.parts, parts, strict=True)), slot.is_signed, look_up)
+            for slot, parts in zip(slots, _dealt(stored, slots), strict=True)
+        ]
+        new, *values = program.run([read[0], old, *values, *read[1:]], scalars)
+        encoded = [
+            slot.state_format.encode_rows(value, slot.is_signed) for slot, value in zip(slots, values, strict=True)
+        ]
+        return [new, *(part for parts in encoded for part in parts.values())]
+
+    stored = [part for slot in slots for part in slot.rows()]
+    read = [ops.reshape(x, (-1, width)) for x in (gradient, *program.tensors)]
+    tables = [table for slot in slots for table in slot.state_format.tables(slot.is_signed)]
+    new, *stored = rows.replaced(
+        of_rows, [ops.reshape(weight.value, (-1, width)), *stored], read, program.scalars, tables
+    )
+    weight.assign(ops.reshape(new, weight.shape))
+    for slot, parts in zip(slots, _dealt(stored, slots), strict=True):
+        slot.store_rows(parts)
+    return True
+
+
+def _recorded(step, gradient, weight, slots, others):
+    """Returns the step as a program of (gradient, weight, *values of slots), leaving all variables as they are."""
+    held = weight.value
+    known = [(variable, variable.value) for variable in others]
+
+    def as_function(gradient, value, *values):
+        weight.assign(value)
+        for slot, value_of_slot in zip(slots, values, strict=True):
+            slot.assign(value_of_slot)
+        step(gradient)
+        return [weight.value, *(slot.value for slot in slots)]
+
+    values = [keras.KerasTensor(slot.shape, slot.dtype) for slot in slots]
+    try:
+        program = elementwise.Program(as_function, gradient, held, *values)
+    finally:
+        weight.assign(held)
+        for slot in slots:
+            slot.forget()
+        changed = [(variable, value) for variable, value in known if variable.value is not value]
+        for variable, value in changed:
+            variable.assign(value)
+    if changed:
+        raise elementwise.NotElementwise(f"assigns {changed[0][0].path}")
+    return program
+
+
+def _dealt(parts, slots):
+    """Yields as many of the parts, one after the other, as each slot has."""
+    parts = iter(parts)
+    for slot in slots:
+        yield [next(parts) for _ in slot.parts]

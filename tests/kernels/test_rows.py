@@ -1,0 +1,68 @@
+"""Functions of rows run in loops and in kernels, the latter interpreted, against the same function of all rows."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+
+from keras_precision.kernels import rows
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
+
+RUNNERS = {"loop": rows._by_loop, "kernel": functools.partial(rows._by_kernel, interpret=True)}
+TABLE = np.linspace(-1, 1, 256).astype("float32") ** 3
+
+
+@pytest.fixture(params=RUNNERS)
+def runner(request, monkeypatch):
+    monkeypatch.setitem(rows._RUNNERS, "cpu", RUNNERS[request.param])
+
+
+def step(changed, read, scalars, look_up):
+    """A weight, codes with a scale a row, and what is added where a flag says so."""
+    weight, codes, scale = changed
+    rate, flag = scalars
+    value = look_up(TABLE, codes) * scale[:, None] + read[0]
+    greatest = abs(value).max(axis=-1)
+    new = (value / greatest[:, None] * 127 + 127.5).astype("uint8")
+    return [weight - rate * value * flag.astype("float32"), new, greatest]
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 8, 300, 517])
+@pytest.mark.parametrize("flag", [True, False])
+def test_all_rows_are_replaced(runner, n_rows, flag):
+    import jax
+
+    draw = np.random.default_rng(n_rows)
+    weight, gradient = draw.standard_normal((2, n_rows, 256), dtype="float32")
+    codes, scale = draw.integers(0, 256, (n_rows, 256)).astype("uint8"), draw.uniform(1, 2, n_rows).astype("float32")
+    changed, scalars = [weight, codes, scale], [np.float32(0.1), np.bool_(flag)]
+    run = jax.jit(lambda changed, read, scalars: rows.replaced(step, changed, read, scalars, [TABLE]))
+    expected = step(changed, [gradient], scalars, lambda table, codes: table[codes.astype("int32")])
+    for found, wanted in zip(run(changed, [gradient], scalars), expected, strict=True):
+        assert found.dtype == wanted.dtype
+        if found.dtype == "uint8":  # a number near a whole one may be cut to either side
+            assert (np.abs(np.asarray(found, int) - wanted) <= 1).all() and (found == wanted).mean() > 0.999
+        else:
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_float8_stays_what_it_is(runner):
+    import jax
+    import ml_dtypes
+
+    codes = np.arange(256, dtype="uint8").view(ml_dtypes.float8_e4m3fn)[None].repeat(300, axis=0)
+    weight = np.zeros((300, 256), "float32")
+    run = jax.jit(lambda w, c: rows.replaced(lambda changed, *_: changed, [w, c], [], [], []))
+    _, found = run(weight, codes)
+    assert found.dtype == codes.dtype
+    same = np.asarray(found).view("uint8") == codes.view("uint8")
+    assert (same | np.isnan(codes.astype("float32"))).all()
+
+
+def test_runs_only_where_it_can_be_compiled():
+    import jax
+
+    assert not rows.can_run(np.zeros(3))
+    assert jax.jit(lambda x: np.int32(rows.can_run(x)))(np.zeros(3)) == 1
