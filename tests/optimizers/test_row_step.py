@@ -1,0 +1,186 @@
+"""Steps that decode, update and encode some rows of blocks at a time, against steps on whole tensors (JAX)."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_precision.kernels import rows
+from keras_precision.optimizers import LowBit, row_step
+from keras_precision.optimizers.states import STATE_FORMATS
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
+
+SHAPE = (9, 8, 96)  # 27 rows of 256
+RUNNERS = {"loop": rows._by_loop, "kernel": functools.partial(rows._by_kernel, interpret=True)}
+BY_ROWS = {
+    "SGD": lambda: keras.optimizers.SGD(0.02, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "Adam": lambda: keras.optimizers.Adam(0.01, amsgrad=True),
+    "AdamW": lambda: keras.optimizers.AdamW(keras.optimizers.schedules.CosineDecay(0.01, 10), weight_decay=0.1),
+    "Adamax": lambda: keras.optimizers.Adamax(0.01),
+    "Nadam": lambda: keras.optimizers.Nadam(0.01),
+    "Lion": lambda: keras.optimizers.Lion(0.003),
+    "RMSprop": lambda: keras.optimizers.RMSprop(0.005, centered=True, momentum=0.5),
+    "Adagrad": lambda: keras.optimizers.Adagrad(0.1),
+    "Adadelta": lambda: keras.optimizers.Adadelta(1.0),
+    "Ftrl": lambda: keras.optimizers.Ftrl(0.3),
+}
+# Norms, means over rows and columns, and matrix products; the last keeps weights among its states.
+BY_TENSOR = {
+    "Lamb": lambda: keras.optimizers.Lamb(0.01),
+    "Adafactor": lambda: keras.optimizers.Adafactor(0.05),
+    "Muon": lambda: keras.optimizers.Muon(0.01),
+    "ScheduleFreeAdamW": lambda: keras.optimizers.ScheduleFreeAdamW(0.01),
+}
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """What each call of `row_step.update` returned."""
+    found, update = [], row_step.update
+
+    def watched(*arguments):
+        found.append(update(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(row_step, "update", watched)
+    return found
+
+
+def steps(make, state_format="dynamic8", shape=SHAPE, count=3, dtype="float32", **settings):
+    """Returns the weight and the state after some compiled steps."""
+    import jax
+
+    draw = np.random.default_rng(0)
+    weight = keras.Variable(draw.standard_normal(shape).astype("float32"))
+    optimizer = LowBit(make(), state_format, min_size=0, **settings)
+    optimizer.build([weight])
+    step = jax.jit(lambda weights, state, gradient: optimizer.stateless_apply(state, [gradient], weights))
+    weights, state = [weight.value], [v.value for v in optimizer.variables]
+    for _ in range(count):
+        weights, state = step(weights, state, draw.standard_normal(shape).astype(dtype))
+    return [np.asarray(x) for x in (*weights, *state)]
+
+
+def assert_agree(found, expected):
+    """Codes may be the next ones where XLA rounds a product and a sum once."""
+    for one, other in zip(found, expected, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        if one.dtype == "uint8":
+            assert np.mean(one != other) < 1e-3
+        else:
+            np.testing.assert_allclose(one.astype("float32"), other.astype("float32"), rtol=1e-5, atol=1e-6)
+
+
+def both_ways(monkeypatch, runner, *arguments, **settings):
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "_RUNNERS", {})
+        expected = steps(*arguments, **settings)
+    monkeypatch.setitem(rows._RUNNERS, "cpu", RUNNERS[runner])
+    return steps(*arguments, **settings), expected
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_rows_are_what_whole_tensors_are(name, runner, monkeypatch, done):
+    found, expected = both_ways(monkeypatch, runner, BY_ROWS[name])
+    assert done == [False, True]  # traced once each
+    assert_agree(found, expected)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("state_format", STATE_FORMATS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_format_and_gradients_of_16_bits(state_format, runner, dtype, monkeypatch, done):
+    found, expected = both_ways(monkeypatch, runner, BY_ROWS["AdamW"], state_format, dtype=dtype)
+    assert done == [False, True]
+    assert_agree(found, expected)
+
+
+@pytest.mark.parametrize("name", BY_TENSOR)
+def test_what_mixes_elements_is_done_on_whole_tensors(name, monkeypatch, done):
+    found, expected = both_ways(monkeypatch, "loop", BY_TENSOR[name], shape=(32, 64))
+    assert done == [False, False]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_blocks_that_lie_across_rows_are_done_on_whole_tensors(monkeypatch, done):
+    found, expected = both_ways(monkeypatch, "loop", BY_ROWS["Adam"], shape=(37, 129))
+    assert done == [False, False]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("state_format", STATE_FORMATS)
+def test_what_is_not_finite_stays_in_its_block_and_is_seen(state_format, wrong, runner, monkeypatch):
+    import jax
+
+    monkeypatch.setitem(rows._RUNNERS, "cpu", RUNNERS[runner])
+    gradient = np.random.default_rng(0).standard_normal((4, 512)).astype("float32")
+    gradient[2, 100] = wrong
+    weight, optimizer = keras.Variable(np.ones((4, 512), "float32")), LowBit("adam", state_format, min_size=0)
+    optimizer.build([weight])
+    state = [v.value for v in optimizer.variables]
+    weights, state = jax.jit(lambda w, s, g: optimizer.stateless_apply(s, [g], w))([weight.value], state, gradient)
+    for variable, value in zip(optimizer.variables, state, strict=True):
+        variable.assign(value)
+    assert (~np.isfinite(weights[0])).sum() == 1 and not np.isfinite(weights[0][2, 100])
+    block = STATE_FORMATS[state_format].block_size
+    for slot in optimizer.packed_slots:
+        spoiled = ~np.isfinite(ops.convert_to_numpy(slot.value))
+        assert spoiled[2, 100] and spoiled.sum() == block
+
+
+def test_a_step_holds_no_slot_in_float32():
+    """Of what the compiled program allocates beside its arguments, less than 5% of the states."""
+    import jax
+
+    weight, optimizer = keras.Variable(np.zeros((4096, 4096), "float32")), LowBit(keras.optimizers.AdamW(0.01))
+    optimizer.build([weight])
+    state = [v.value for v in optimizer.variables]
+    run = jax.jit(lambda w, s, g: optimizer.stateless_apply(s, [g], w), donate_argnums=(0, 1))
+    memory = run.lower([weight.value], state, weight.value).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.05 * sum(value.nbytes for value in state)
+
+
+def test_excluded_weights_are_not_decayed(done):
+    import jax
+
+    weights = [keras.Variable(np.ones((16, 256), "float32"), name=name) for name in ("decayed", "kept")]
+    optimizer = LowBit(keras.optimizers.SGD(0.5, momentum=0.9, weight_decay=0.1), min_size=0)
+    optimizer.exclude_from_weight_decay(var_names=["kept"])
+    optimizer.build(weights)
+    state, zeros = [v.value for v in optimizer.variables], [np.zeros((16, 256), "float32")] * 2
+    found, _ = jax.jit(lambda w, s, g: optimizer.stateless_apply(s, g, w))([w.value for w in weights], state, zeros)
+    assert done == [True, True]
+    np.testing.assert_allclose(found[0], 0.95, rtol=1e-6)
+    np.testing.assert_array_equal(found[1], 1)
+
+
+def test_recording_a_step_leaves_everything_as_it_is():
+    """Also where the step turns out not to be elementwise, after it has assigned to everything."""
+    import jax
+
+    weight, other = keras.Variable(np.ones((2, 256), "float32")), keras.Variable(0.0)
+    optimizer = LowBit("adam", min_size=0)
+    optimizer.build([weight])
+
+    def run(gradient):
+        def step(gradient):
+            optimizer.packed_slots[0].assign(gradient)
+            weight.assign(gradient / ops.sum(gradient))
+            other.assign(3.0)
+
+        with keras.StatelessScope():
+            assert not row_step.update(step, gradient, weight, optimizer.packed_slots, [other])
+            assert not any(slot._is_changed for slot in optimizer.packed_slots)
+            return weight.value, other.value
+
+    found = jax.jit(run)(np.ones((2, 256), "float32"))
+    np.testing.assert_array_equal(found[0], np.ones((2, 256)))
+    assert found[1] == 0
