@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -127,19 +128,20 @@ def optimizer_names() -> list[str]:
     )
 
 
-def make_optimizer(name: str, steps: int) -> keras.optimizers.Optimizer:
+def make_optimizer(name: str, steps: int, make: Callable | None = None) -> keras.optimizers.Optimizer:
     """Returns an optimizer of `SETTINGS` whose rate decays to zero over so many steps, so that the last loss is calm.
 
     Args:
         name: of a class in `keras.optimizers`.
         steps: int > 0.
+        make: what is called in place of the class, with the same arguments.
     """
     optimizer_class = getattr(keras.optimizers, name)
     settings: dict[str, Any] = dict(SETTINGS.get(name, {}))
     if name not in CONSTANT_RATE:
         rate = settings.get("learning_rate", float(optimizer_class().learning_rate))
         settings["learning_rate"] = keras.optimizers.schedules.CosineDecay(rate, steps)
-    return optimizer_class(**settings)
+    return (make or optimizer_class)(**settings)
 
 
 def without_dtypes(model: keras.Sequential) -> dict[str, Any]:

@@ -92,10 +92,13 @@ def build_transformer() -> keras.Model:
 
 
 def make_optimizer(steps: int, learning_rate: float | None = None) -> keras.optimizers.Optimizer:
-    """Returns AdamW whose rate rises for a twentieth of the steps and then decays to zero."""
-    greatest = learning_rate or LEARNING_RATE
-    schedule = keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=greatest, warmup_steps=steps // 20)
-    return keras.optimizers.AdamW(schedule, weight_decay=0.01)
+    """Returns AdamW with the rate of `rate_over`."""
+    return keras.optimizers.AdamW(rate_over(steps, learning_rate or LEARNING_RATE), weight_decay=0.01)
+
+
+def rate_over(steps: int, greatest: float) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Returns a learning rate that rises for a twentieth of the steps and then decays to zero."""
+    return keras.optimizers.schedules.CosineDecay(0.0, steps, warmup_target=greatest, warmup_steps=steps // 20)
 
 
 def fit(model: keras.Model, optimizer: keras.optimizers.Optimizer, text: np.ndarray, steps: int, seed: int) -> None:

@@ -31,6 +31,7 @@ def test_every_benchmark_is_run_here():
         "text_loss",
         "accuracy",
         "optimizer_step",
+        "low_bit_loss",
     }
 
 
@@ -121,3 +122,11 @@ def test_optimizer_step_prints_each_optimizer(backend):
     assert rows[0][1] == "Keras AdamW" and len(ours) == 3
     assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in ours)
     assert float(rows[0][4]) >= 8 and all(float(row[4]) <= 2.04 for row in ours)
+
+
+def test_low_bit_loss_prints_each_alias_beside_float32(backend):
+    rows = rows_of("low_bit_loss", backend, "--epochs", "1", "--aliases", "AdamW4bit", "--parallel", "2")
+    assert [row[1:3] for row in rows] == [["digits", "AdamW4bit"]]
+    base, nudged, ours = (float(rows[0][column]) for column in (3, 5, 6))
+    assert 0 < base < 2.3 and base != ours and nudged != ours
+    assert [float(rows[0][column]) for column in (7, 8)] == pytest.approx([nudged / base, ours / base], abs=1e-3)

@@ -171,13 +171,15 @@ def _read_tensorflow() -> _Reading:
         if not any(one[0] == kind for one in devices):
             devices.append(_device(kind, workers[0]))
         devices.sort(key=lambda one: one[0] != kind)
+    allows_tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
+    precision = "tensorfloat32" if allows_tf32 else "float32"
     if devices[0][0] != "gpu":
-        return _Reading(tuple(devices))
-    uses_tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
+        # Processors multiply in float32 whatever is allowed.
+        return _Reading(tuple(devices), default_matmul_precision=None if allows_tf32 else precision)
     return _Reading(
         devices=tuple(devices),
         compute_capability=_only_cuda(details[0].get("compute_capability")),
-        default_matmul_precision="tensorfloat32" if uses_tf32 else "float32",
+        default_matmul_precision=precision,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Callable, Sequence
 
 import keras
@@ -26,7 +28,7 @@ def can_run(tensor) -> bool:
         return False
     import jax
 
-    return isinstance(tensor, jax.core.Tracer) and jax.default_backend() in _RUNNERS
+    return isinstance(tensor, jax.core.Tracer) and _runner() is not None
 
 
 def replaced(
@@ -50,10 +52,25 @@ def replaced(
     Returns:
         The changed arrays.
     """
+    return _runner()(function, list(changed), list(read), list(scalars), list(tables))
+
+
+def _runner():
+    """Returns what runs functions on the device that JAX computes on by default, None where nothing does."""
     import jax
 
-    run = _RUNNERS[jax.default_backend()]
-    return run(function, list(changed), list(read), list(scalars), list(tables))
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    if device.platform == "gpu" and not _has_triton(getattr(device, "compute_capability", "")):
+        return None
+    return _RUNNERS.get(device.platform)
+
+
+def _has_triton(compute_capability) -> bool:
+    # JAX says that Pallas's Triton backend will go; it needs Ampere or newer. ROCm's capabilities are no numbers.
+    is_new = re.fullmatch(r"\d+\.\d+", compute_capability) and float(compute_capability) >= 8
+    return bool(is_new) and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def _by_loop(function, changed, read, scalars, tables):

@@ -1,6 +1,7 @@
 """Functions of rows run in loops and in kernels, the latter interpreted, against the same function of all rows."""
 
 import functools
+import types
 
 import keras
 import numpy as np
@@ -66,3 +67,30 @@ def test_runs_only_where_it_can_be_compiled():
 
     assert not rows.can_run(np.zeros(3))
     assert jax.jit(lambda x: np.int32(rows.can_run(x)))(np.zeros(3)) == 1
+
+
+@pytest.mark.parametrize(
+    "platform, capability, runner",
+    [
+        ("gpu", "9.0", rows._by_kernel),
+        ("gpu", "12.0", rows._by_kernel),
+        ("gpu", "7.5", None),
+        ("gpu", "gfx942", None),
+        ("cpu", "", rows._by_loop),
+        ("tpu", "", None),
+    ],
+)
+def test_the_device_decides(platform, capability, runner, monkeypatch):
+    import jax
+
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert rows._runner() is runner
+
+
+def test_a_device_that_is_set_counts():
+    import jax
+
+    for device in ("cpu", jax.devices("cpu")[0]):
+        with jax.default_device(device):
+            assert rows._runner() is rows._by_loop

@@ -1,0 +1,157 @@
+"""Where training ends with each alias for states in few bits, beside Keras's optimizer with float32 states.
+
+python benchmarks/low_bit_loss.py                                    # the digits network, some minutes on 2 cores
+python benchmarks/low_bit_loss.py --tasks text --parallel 8          # on a GPU with 16 cores about 4 minutes
+
+Of the digits network it is the loss on the training images, of the transformer the one on text that it has not seen.
+What a loss says is bounded by chance: "nudged" is float32 again, from weights greater by 2**-20 of themselves.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import timing
+
+# The greatest rates in the text task, chosen for float32 alone.
+TEXT_RATES = {
+    "Adam": 5e-4,
+    "AdamW": 5e-4,
+    "Lion": 1e-4,
+    "SGD": 0.2,
+    "RMSprop": 5e-4,
+    "Adagrad": 0.02,
+    "Lamb": 5e-3,
+}
+WITHIN = 1.01  # of the loss with float32 states
+NUDGED = "~"  # behind the name of a base whose weights begin a little greater
+NUDGE = 1 + 2.0**-20
+
+
+def base_of(alias: str) -> str:
+    """Returns the name of the Keras class that an alias wraps.
+
+    >>> base_of("AdamWFp8"), base_of("Lion8bit"), base_of("Adam")
+    ('AdamW', 'Lion', 'Adam')
+    """
+    for ending in ("8bit", "4bit", "Fp8"):
+        alias = alias.removesuffix(ending)
+    return alias
+
+
+def maker(name: str):
+    """Returns what makes the optimizer of this name: an alias of ours, or one of Keras's classes."""
+    import keras
+    from keras_precision.optimizers import aliases
+
+    return aliases.ALIASES.get(name) or getattr(keras.optimizers, name)
+
+
+def digits(name: str, factor: float, seed: int, epochs: int, steps: int) -> float:
+    """Returns the loss on the training images after so many epochs."""
+    import digits_task
+
+    trial = digits_task.make_trial(seed, epochs)
+    trial = trial._replace(weights=[weight * factor for weight in trial.weights])
+    return digits_task.train(trial, digits_task.make_optimizer(base_of(name), trial.steps, maker(name))).loss
+
+
+def text(name: str, factor: float, seed: int, epochs: int, steps: int) -> float:
+    """Returns the loss on text not seen, in nats a character, after so many steps."""
+    import keras
+    import text_task
+
+    settings = {"momentum": 0.9} if base_of(name) == "SGD" else {}
+    rate = text_task.rate_over(steps, TEXT_RATES[base_of(name)])
+    keras.utils.set_random_seed(seed)
+    model, written = text_task.build_transformer(), text_task.standard_library()
+    model.set_weights([weight * factor for weight in model.get_weights()])
+    text_task.fit(model, maker(name)(rate, **settings), written.train, steps, seed)
+    return text_task.validation_loss(model, written.validation)
+
+
+TASKS = {"digits": digits, "text": text}
+
+
+def losses_of(task: str, name: str, backend: str, arguments: argparse.Namespace) -> list[float]:
+    """Returns the losses of one optimizer, one a seed, trained in a process of its own."""
+    factor = NUDGE if name.endswith(NUDGED) else 1.0
+    asked = {
+        "name": name.removesuffix(NUDGED),
+        "factor": factor,
+        "epochs": arguments.epochs,
+        "steps": arguments.steps,
+    }
+    with timing.Worker(__file__, task, backend) as worker:
+        worker.read()
+        return [worker.ask({**asked, "seed": seed}) for seed in range(arguments.seeds)]
+
+
+def main() -> None:
+    """Reads the command line, runs, prints, and exits with 1 if a loss is more than 1% above float32's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backends", default="jax", help="Keras backends, by commas")
+    parser.add_argument("--tasks", default="digits", help=f"of {', '.join(TASKS)}, by commas")
+    parser.add_argument("--epochs", type=int, default=15, help="of the digits task")
+    parser.add_argument("--steps", type=int, default=5000, help="of the text task")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each")
+    parser.add_argument("--parallel", type=int, default=1, help="optimizers at once")
+    parser.add_argument("--aliases", help="by commas; all if not given")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        timing.reply("ready")
+        for line in sys.stdin:
+            timing.reply(TASKS[arguments.worker](**json.loads(line)))
+        return
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    chosen = arguments.aliases.split(",") if arguments.aliases else known_aliases()
+    bases = list(dict.fromkeys(map(base_of, chosen)))
+    names = [*bases, *(base + NUDGED for base in bases), *chosen]
+    failed = False
+    for backend in arguments.backends.split(","):
+        for task in arguments.tasks.split(","):
+            with ThreadPoolExecutor(arguments.parallel) as pool:
+                runs = {name: pool.submit(losses_of, task, name, backend, arguments) for name in names}
+                losses = {name: run.result() for name, run in runs.items()}
+            failed |= print_table(backend, task, chosen, losses, arguments)
+    sys.exit(int(failed))
+
+
+def known_aliases() -> list[str]:
+    """Returns the names of all aliases."""
+    from keras_precision.optimizers import aliases
+
+    return list(aliases.ALIASES)
+
+
+def print_table(backend, task, chosen, losses, arguments) -> bool:
+    """Prints a row for each alias; returns whether one misses the goal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    length = f"{arguments.epochs} epochs" if task == "digits" else f"{arguments.steps} steps"
+    table = Table("backend", "task", "optimizer", title=f"Loss after {length}, mean of {arguments.seeds}")
+    for heading in ("float32", "least and most", "nudged", "ours", "nudged to float32's", "ours", f"<= {WITHIN}"):
+        table.add_column(heading, justify="right")
+    failed = False
+    for name in chosen:
+        base = losses[base_of(name)]
+        mean, nudged, ours = map(statistics.mean, (base, losses[base_of(name) + NUDGED], losses[name]))
+        is_good = ours <= WITHIN * mean
+        failed |= not is_good
+        numbers = [f"{mean:.5f}", f"{min(base):.5f}, {max(base):.5f}", f"{nudged:.5f}", f"{ours:.5f}"]
+        ratios = [f"{nudged / mean:.4f}", f"{ours / mean:.4f}"]
+        table.add_row(backend, task, name, *numbers, *ratios, "yes" if is_good else "NO")
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+    return failed
+
+
+if __name__ == "__main__":
+    main()
