@@ -149,7 +149,13 @@ def stand_in(variable: keras.Variable, dtype: str) -> keras.Variable:
     twin = keras.Variable("zeros", shape=variable.shape, dtype=dtype, name=variable.name, layout=variable._layout)
     twin._path = variable.path
     twin.constraint = variable.constraint
+    twin._stands_in = True
     return twin
+
+
+def is_stand_in(variable: keras.Variable) -> bool:
+    """Returns whether `stand_in` made a variable."""
+    return getattr(variable, "_stands_in", False)
 
 
 def release(variable: keras.Variable) -> None:

@@ -32,7 +32,7 @@ def can_run(tensor) -> bool:
 
 
 def replaced(
-    function: Callable, changed: Sequence, read: Sequence, scalars: Sequence, tables: Sequence[np.ndarray]
+    function: Callable, changed: Sequence, read: Sequence, scalars: Sequence, tables: Sequence[np.ndarray], keep=None
 ) -> list:
     """Returns what a function makes of arrays, computed some rows at a time.
 
@@ -48,11 +48,28 @@ def replaced(
         read: arrays (n_rows, ...).
         scalars: arrays of shape ().
         tables: arrays (n,).
+        keep: bool array of shape (), whether everything is to stay as it is
+            after all; None if not. Selecting afterwards would need copies of
+            the arrays.
 
     Returns:
         The changed arrays.
     """
-    return _runner()(function, list(changed), list(read), list(scalars), list(tables))
+    if keep is None:
+        return _runner()(function, list(changed), list(read), list(scalars), list(tables))
+
+    def kept_or_new(changed, read, scalars, look_up):
+        import jax
+
+        new = function(changed, read, scalars[:-1], look_up)
+        return [jax.numpy.where(scalars[-1], old, rows) for old, rows in zip(changed, new, strict=True)]
+
+    return _runner()(kept_or_new, list(changed), list(read), [*scalars, keep], list(tables))
+
+
+def writes_in_place() -> bool:
+    """Returns whether `replaced` is a kernel, whose arguments and results lie in memory as a whole."""
+    return _runner() is _by_kernel
 
 
 def _runner():

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import keras
 from keras import ops
 
-from keras_precision.kernels import elementwise, rows
+from keras_precision import _bridge_variables
+from keras_precision.kernels import elementwise, rows, selection
 from keras_precision.optimizers.packed_slot import PackedSlot
 
 
@@ -25,11 +26,14 @@ def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[Pac
         others: further variables that the step may assign.
 
     Returns:
-        False if nothing was done: this backend or device can't, blocks lie
-        across the ends of rows, the step mixes elements as norms do, or it
-        changes others.
+        False if nothing was done: this backend or device can't, the weight
+        stands in for one of 16 bits, blocks lie across the ends of rows, the
+        step mixes elements as norms do, or it changes others.
     """
     if not slots or not rows.can_run(gradient) or keras.distribution.distribution() is not None:
+        return False
+    # A kernel can't take what computes its arguments along: they would be written in float32, and read again.
+    if rows.writes_in_place() and _bridge_variables.is_stand_in(weight):
         return False
     if len({slot.state_format.block_size for slot in slots}) > 1 or not all(
         slot.state_format.has_rows(slot.shape) for slot in slots
@@ -56,12 +60,21 @@ def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[Pac
     stored = [part for slot in slots for part in slot.rows()]
     read = [ops.reshape(x, (-1, width)) for x in (gradient, *program.tensors)]
     tables = [table for slot in slots for table in slot.state_format.tables(slot.is_signed)]
+    selected = selection.current()
     new, *stored = rows.replaced(
-        of_rows, [ops.reshape(weight.value, (-1, width)), *stored], read, program.scalars, tables
+        of_rows,
+        [ops.reshape(weight.value, (-1, width)), *stored],
+        read,
+        program.scalars,
+        tables,
+        None if selected is None else selected.condition,
     )
     weight.assign(ops.reshape(new, weight.shape))
     for slot, parts in zip(slots, _dealt(stored, slots), strict=True):
         slot.store_rows(parts)
+    if selected is not None:
+        for variable in (weight, *(part for slot in slots for part in slot.parts.values())):
+            selected.decide(variable)
     return True
 
 

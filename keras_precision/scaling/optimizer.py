@@ -12,7 +12,7 @@ from keras_precision.scaling.gradients import divided, first_nonfinite
 from keras_precision.scaling.loss_scale import DynamicLossScale, LossScaleState
 from keras_precision.scaling.files import SavedAsPlain
 from keras_precision.scaling.replicas import run_update
-from keras_precision.scaling.tracing import branch, is_concrete, is_staged
+from keras_precision.scaling.tracing import is_concrete, is_staged, unless
 from keras_precision.scaling.usage import ScaleUsage
 from keras_precision.scaling.window import Window
 
@@ -259,7 +259,7 @@ class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, SavedAsPlain, kera
         first = ops.where(found, ops.cast(first, self._last_nonfinite.dtype), self._last_nonfinite.value)
         state, is_last = self._state(), None
         if self._window is None:
-            branch(found, lambda: None, update, touched)
+            unless(found, update, touched)
         else:
             found, is_last = self._window.step(found, update, touched)
         after = self._machine.update(state, found)

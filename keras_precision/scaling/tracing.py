@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import keras
 from keras import ops
 
+from keras_precision.kernels import selection
+
 
 def is_concrete(tensor) -> bool:
     """Returns whether a tensor has a value now."""
@@ -57,3 +59,22 @@ def branch(
         for variable, new in zip(variables, if_false, strict=True):
             if variable.value is not new:
                 variable.assign(ops.where(condition, variable.value, new))
+
+
+def unless(condition, update: Callable[[], None], variables: Sequence[keras.Variable]) -> None:
+    """Runs an update, or leaves everything as it is where a condition holds.
+
+    Args:
+        condition: bool scalar tensor; see `branch`.
+        update: function without arguments or result.
+        variables: all that it may assign to.
+    """
+    if is_concrete(condition) or keras.backend.backend() == "tensorflow":
+        branch(condition, lambda: None, update, variables)
+        return
+    before = [v.value for v in variables]
+    with selection.unless(condition) as selected:
+        update()
+    for variable, old in zip(variables, before, strict=True):
+        if variable.value is not old and not selected.has_decided(variable):
+            variable.assign(ops.where(condition, old, variable.value))

@@ -49,6 +49,27 @@ def test_all_rows_are_replaced(runner, n_rows, flag):
             np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_everything_stays_where_told(runner, keep):
+    import jax
+    import ml_dtypes
+
+    draw = np.random.default_rng(0)
+    weight = draw.standard_normal((300, 256), dtype="float32")
+    codes = draw.integers(0, 120, (300, 256)).astype("uint8")
+    float8 = codes.view(ml_dtypes.float8_e4m3fn)
+
+    def step(changed, read, scalars, look_up):
+        weight, codes, float8 = changed
+        return [weight * np.nan, codes + codes.dtype.type(1), (float8.astype("float32") + 500).astype(float8.dtype)]
+
+    run = jax.jit(lambda changed, keep: rows.replaced(step, changed, [], [], [], keep))
+    found = run([weight, codes, float8], np.bool_(keep))
+    assert [x.dtype for x in found] == [weight.dtype, codes.dtype, float8.dtype]
+    same = [np.array_equal(np.asarray(x).view("uint8"), y.view("uint8")) for x, y in zip(found, (weight, codes, float8))]
+    assert same == [keep] * 3
+
+
 def test_float8_stays_what_it_is(runner):
     import jax
     import ml_dtypes

@@ -10,6 +10,7 @@ from keras import ops
 from keras_precision.kernels import rows
 from keras_precision.optimizers import LowBit, row_step
 from keras_precision.optimizers.states import STATE_FORMATS
+from keras_precision.scaling import LossScaleOptimizer
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
 
@@ -184,3 +185,63 @@ def test_recording_a_step_leaves_everything_as_it_is():
     found = jax.jit(run)(np.ones((2, 256), "float32"))
     np.testing.assert_array_equal(found[0], np.ones((2, 256)))
     assert found[1] == 0
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("constraint", [None, "non_neg"])
+@pytest.mark.parametrize("state_format", STATE_FORMATS)
+def test_an_overflow_leaves_everything_as_it_was(state_format, constraint, runner, monkeypatch, done):
+    """Decided in the kernel; a constraint, applied after it, is undone by a select."""
+    import jax
+
+    monkeypatch.setitem(rows._RUNNERS, "cpu", RUNNERS[runner])
+    draw = np.random.default_rng(0)
+    weight = keras.Variable(draw.standard_normal((16, 256)).astype("float32"))
+    weight.constraint = keras.constraints.get(constraint)
+    optimizer = LossScaleOptimizer(LowBit("adam", state_format, min_size=0), initial_scale=8.0)
+    optimizer.build([weight])
+    step = jax.jit(lambda w, s, g: optimizer.stateless_apply(s, [g], w, unscaled=False))
+    good, bad = (draw.standard_normal((16, 256)).astype("float32") for _ in range(2))
+    bad[3, 7] = np.inf
+    states = [([weight.value], [v.value for v in optimizer.variables])]
+    for gradient in (good, bad, good):
+        states.append(step(*states[-1], gradient))
+    assert done == [True]
+    inner = optimizer.inner_optimizer.variables
+    places = [i for i, v in enumerate(optimizer.variables) if any(v is other for other in inner)]
+    assert len(places) == len(inner)
+    before, after, last = ([np.asarray(x) for x in (*w, *(s[i] for i in places))] for w, s in states[1:])
+    for found, wanted in zip(after, before, strict=True):
+        np.testing.assert_array_equal(found.reshape(-1).view("uint8"), wanted.reshape(-1).view("uint8"))
+    assert not np.array_equal(last[0], before[0])
+    assert (after[0] >= 0).all() == (constraint is not None)
+
+
+def test_no_select_is_made_of_what_a_kernel_decided(monkeypatch):
+    import jax
+
+    monkeypatch.setitem(rows._RUNNERS, "cpu", RUNNERS["kernel"])
+    weight = keras.Variable(np.ones((16, 256), "float32"))
+    optimizer = LossScaleOptimizer(LowBit("adam", min_size=0))
+    optimizer.build([weight])
+    run = jax.make_jaxpr(lambda w, s, g: optimizer.stateless_apply(s, [g], w, unscaled=False))
+    program = run([weight.value], [v.value for v in optimizer.variables], weight.value)
+    shapes = [eqn.outvars[0].aval.shape for eqn in program.eqns if "where" in str(eqn.params.get("name", ""))]
+    assert shapes.count(()) > 1 and len([shape for shape in shapes if shape]) == 1  # of the check itself
+
+
+def test_stand_ins_of_16_bits_are_left_to_the_compiler(monkeypatch, done):
+    """In a kernel they would be written in float32; a loop takes them."""
+    import jax
+
+    from keras_precision.optimizers import LowPrecision
+
+    for runner, taken in ((rows._by_kernel, False), (rows._by_loop, True)):
+        monkeypatch.setitem(rows._RUNNERS, "cpu", runner)
+        weight = keras.Variable(np.ones((16, 256)), dtype="bfloat16")
+        optimizer = LowPrecision(LowBit("adam", min_size=0))
+        optimizer.build([weight])
+        state = [v.value for v in optimizer.variables]
+        found, _ = jax.jit(lambda w, s, g: optimizer.stateless_apply(s, [g], w))([weight.value], state, weight.value)
+        assert done.pop() is taken
+        assert found[0].dtype == "bfloat16" and (np.asarray(found[0], "float32") < 1).any()
