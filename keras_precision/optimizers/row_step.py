@@ -26,14 +26,16 @@ def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[Pac
         others: further variables that the step may assign.
 
     Returns:
-        False if nothing was done: this backend or device can't, the weight
-        stands in for one of 16 bits, blocks lie across the ends of rows, the
-        step mixes elements as norms do, or it changes others.
+        False if nothing was done: this backend or device can't, blocks lie
+        across the ends of rows, the step mixes elements as norms do, it changes
+        others, or, on a GPU, the weight stands in for one of 16 bits or an
+        overflow may undo the step.
     """
     if not slots or not rows.can_run(gradient) or keras.distribution.distribution() is not None:
         return False
-    # A kernel can't take what computes its arguments along: they would be written in float32, and read again.
-    if rows.writes_in_place() and _bridge_variables.is_stand_in(weight):
+    # A kernel can't take along what computes its arguments: they would be written in float32, and read again. Selecting
+    # in a kernel is tested interpreted, and has not run on a GPU yet.
+    if rows.writes_in_place() and (_bridge_variables.is_stand_in(weight) or selection.current() is not None):
         return False
     if len({slot.state_format.block_size for slot in slots}) > 1 or not all(
         slot.state_format.has_rows(slot.shape) for slot in slots

@@ -245,3 +245,22 @@ def test_stand_ins_of_16_bits_are_left_to_the_compiler(monkeypatch, done):
         found, _ = jax.jit(lambda w, s, g: optimizer.stateless_apply(s, [g], w))([weight.value], state, weight.value)
         assert done.pop() is taken
         assert found[0].dtype == "bfloat16" and (np.asarray(found[0], "float32") < 1).any()
+
+
+@pytest.mark.parametrize("state_format", STATE_FORMATS)
+def test_kernels_lower_for_gpus_unless_an_overflow_may_undo_them(state_format, monkeypatch, done):
+    import jax
+
+    monkeypatch.setitem(rows._RUNNERS, "cpu", rows._by_kernel)
+    for is_scaled in (False, True):
+        weight = keras.Variable(np.ones((16, 256), "float32"))
+        optimizer = LowBit("adam", state_format, min_size=0)
+        settings = {}
+        if is_scaled:
+            optimizer, settings = LossScaleOptimizer(optimizer), {"unscaled": False}
+        optimizer.build([weight])
+        step = jax.jit(lambda w, s, g: optimizer.stateless_apply(s, [g], w, **settings))  # noqa: B023
+        state = [v.value for v in optimizer.variables]
+        program = step.trace([weight.value], state, weight.value).lower(lowering_platforms=("cuda",)).as_text()
+        assert ("triton" in program) is not is_scaled
+    assert done == [True, False]
