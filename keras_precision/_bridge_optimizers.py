@@ -163,15 +163,15 @@ class SavedVariables(KerasSaveable):
 class DecaysInStep:
     """Makes an optimizer decay each weight when it updates it, not all before (mixed in by `_bridge.specialise`).
 
-    For optimizers that call `decay_now` in their `update_step`. On TensorFlow,
-    where all replicas decay together, nothing changes.
+    For optimizers that call `decay_now` in their `update_step`. Only on JAX:
+    on TensorFlow all replicas decay together.
     """
 
     def _apply_weight_decay(self, variables):
-        if keras.backend.backend() == "tensorflow":
-            super()._apply_weight_decay(variables)
-        else:
+        if keras.backend.backend() == "jax":
             vars(self)["_to_decay"] = list(variables)
+        else:
+            super()._apply_weight_decay(variables)
 
     def decay_now(self, variable):
         """Decays a weight if the optimizer decays this one."""
