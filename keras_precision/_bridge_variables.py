@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 
 
 def value_of(variable: keras.Variable) -> Any:
@@ -167,3 +168,15 @@ def tensor_of(variable: keras.Variable) -> Any:
     """Returns a variable's value as a tensor: on TensorFlow of the replica that asks, where `value` is a tf.Variable."""
     value = variable.value
     return value.read_value() if hasattr(value, "read_value") else value
+
+
+@contextlib.contextmanager
+def assignments_undone() -> Iterator[set[int]]:
+    """Undoes, at the end of a block in a StatelessScope, what it assigned; yields what will be the ids of those variables."""
+    scope, assigned = get_stateless_scope(), set()
+    before = dict(scope.state_mapping)
+    try:
+        yield assigned
+    finally:
+        assigned.update(key for key, value in scope.state_mapping.items() if before.get(key) is not value)
+        scope.state_mapping = before

@@ -95,8 +95,7 @@ class PacksSlots(_bridge_optimizers.DecaysInStep):
             update(gradient, variable, learning_rate)
 
         slots_of_weight = [slot for slot in self._packed_slots if slot.weight is variable]
-        others = [entry for entry in self.entries if not isinstance(entry, PackedSlot)]
-        if not row_step.update(step, gradient, variable, slots_of_weight, others):
+        if not row_step.update(step, gradient, variable, slots_of_weight):
             step(gradient)
             self._flush()
 

@@ -12,26 +12,27 @@ from keras_precision.kernels import elementwise, rows, selection
 from keras_precision.optimizers.packed_slot import PackedSlot
 
 
-def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[PackedSlot], others: Sequence) -> bool:
+def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[PackedSlot]) -> bool:
     """Runs a step that changes a weight and its slots without ever holding a slot in float32 as a whole.
 
     The step is Keras's: it is recorded once, and what it does to an element is
     done to each, between decoding and encoding, in one pass over memory.
 
     Args:
-        step: function without arguments, which reads and assigns.
+        step: function of the gradient, which reads and assigns.
         gradient: tensor.
         weight: trainable variable.
         slots: all states of the weight.
-        others: further variables that the step may assign.
 
     Returns:
         False if nothing was done: this backend or device can't, blocks lie
-        across the ends of rows, the step mixes elements as norms do, it changes
-        others, or, on a GPU, the weight stands in for one of 16 bits or an
-        overflow may undo the step.
+        across the ends of rows, the step mixes elements as norms do or assigns
+        to other variables, or, on a GPU, the weight stands in for one of 16
+        bits or an overflow may undo the step.
     """
-    if not slots or not rows.can_run(gradient) or keras.distribution.distribution() is not None:
+    if not slots or not rows.can_run(gradient) or not _bridge_variables.in_stateless_scope():
+        return False
+    if keras.distribution.distribution() is not None:
         return False
     # A kernel can't take along what computes its arguments: they would be written in float32, and read again. Selecting
     # in a kernel is tested interpreted, and has not run on a GPU yet.
@@ -42,7 +43,7 @@ def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[Pac
     ):
         return False
     try:
-        program = _recorded(step, gradient, weight, slots, others)
+        program = _recorded(step, gradient, weight, slots)
     except elementwise.NotElementwise:
         return False
     width = slots[0].state_format.block_size
@@ -80,10 +81,8 @@ def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[Pac
     return True
 
 
-def _recorded(step, gradient, weight, slots, others):
+def _recorded(step, gradient, weight, slots):
     """Returns the step as a program of (gradient, weight, *values of slots), leaving all variables as they are."""
-    held = weight.value
-    known = [(variable, variable.value) for variable in others]
 
     def as_function(gradient, value, *values):
         weight.assign(value)
@@ -94,16 +93,13 @@ def _recorded(step, gradient, weight, slots, others):
 
     values = [keras.KerasTensor(slot.shape, slot.dtype) for slot in slots]
     try:
-        program = elementwise.Program(as_function, gradient, held, *values)
+        with _bridge_variables.assignments_undone() as assigned:
+            program = elementwise.Program(as_function, gradient, weight.value, *values)
     finally:
-        weight.assign(held)
         for slot in slots:
             slot.forget()
-        changed = [(variable, value) for variable, value in known if variable.value is not value]
-        for variable, value in changed:
-            variable.assign(value)
-    if changed:
-        raise elementwise.NotElementwise(f"assigns {changed[0][0].path}")
+    if assigned - {id(weight)}:
+        raise elementwise.NotElementwise("assigns to other variables")
     return program
 
 

@@ -178,13 +178,45 @@ def test_recording_a_step_leaves_everything_as_it_is():
             other.assign(3.0)
 
         with keras.StatelessScope():
-            assert not row_step.update(step, gradient, weight, optimizer.packed_slots, [other])
+            assert not row_step.update(step, gradient, weight, optimizer.packed_slots)
             assert not any(slot._is_changed for slot in optimizer.packed_slots)
             return weight.value, other.value
 
     found = jax.jit(run)(np.ones((2, 256), "float32"))
     np.testing.assert_array_equal(found[0], np.ones((2, 256)))
     assert found[1] == 0
+
+
+class Noisy(keras.optimizers.SGD):
+    """Adds noise to gradients, and so assigns to its generator's state in each step."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.generator = keras.random.SeedGenerator(0)
+
+    def update_step(self, gradient, variable, learning_rate):
+        noise = keras.random.normal(gradient.shape, seed=self.generator)
+        super().update_step(gradient + noise, variable, learning_rate)
+
+
+def test_a_step_that_assigns_to_what_the_optimizer_does_not_list_is_run_once(done):
+    import jax
+
+    weight = keras.Variable(np.ones((16, 256), "float32"))
+    optimizer = LowBit(Noisy(0.1, momentum=0.9), min_size=0)
+    optimizer.build([weight])
+    state = optimizer.inner_optimizer.generator.state
+
+    def run(gradient):
+        with keras.StatelessScope([(state, np.array([7, 0], "uint32"))]) as scope:
+            optimizer.apply([gradient], [weight])
+            return scope.get_current_value(weight), scope.get_current_value(state)
+
+    found, seed = jax.jit(run)(np.zeros((16, 256), "float32"))
+    assert done == [False]
+    noise = keras.random.normal((16, 256), seed=keras.random.SeedGenerator(7))
+    np.testing.assert_array_equal(seed, [7, 1])
+    np.testing.assert_allclose(found, 1 - 0.1 * ops.convert_to_numpy(noise), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
