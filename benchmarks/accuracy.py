@@ -156,7 +156,6 @@ def measure(backend: str, arguments: argparse.Namespace) -> dict[tuple[str, str]
 
 def print_table(backend: str, rows: dict[tuple[str, str], Row], caption: str) -> None:
     """Prints a row for each format, with its accuracy and loss beside float32's."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("backend", "library", "format", title="Quantized weights", caption=caption, caption_justify="left")
@@ -176,10 +175,7 @@ def print_table(backend: str, rows: dict[tuple[str, str], Row], caption: str) ->
         table.add_row(
             backend, library, name, f"{row.bits:.3f}", f"{row.error:.4f}", accuracy, change[0], loss, change[1]
         )
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)
+    timing.show(table)
 
 
 def main() -> None:

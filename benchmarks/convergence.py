@@ -224,7 +224,6 @@ def _row(trainings, optimizer, policy, backend):
 
 
 def _print_table(rows, caption):
-    from rich.console import Console
     from rich.table import Table
 
     headings = ("optimizer", "policy", "backend", REFERENCE)
@@ -239,10 +238,7 @@ def _print_table(rows, caption):
             _format(row.reference.loss, ".4f"),
             *(text for side in (row.ours, row.keras) for text in _cells(side)),
         )
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160  # a pipe has no edge to fold at, where rich would take 80 columns
-    console.print(table)
+    timing.show(table)
 
 
 def _cells(side):

@@ -8,11 +8,9 @@ What a loss says is bounded by chance: "nudged" is float32 again, from weights g
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import timing
 
@@ -32,14 +30,14 @@ NUDGE = 1 + 2.0**-20
 
 
 def base_of(alias: str) -> str:
-    """Returns the name of the Keras class that an alias wraps.
+    """Returns the name of the Keras class that an alias wraps; of such a class its own.
 
     >>> base_of("AdamWFp8"), base_of("Lion8bit"), base_of("Adam")
     ('AdamW', 'Lion', 'Adam')
     """
-    for ending in ("8bit", "4bit", "Fp8"):
-        alias = alias.removesuffix(ending)
-    return alias
+    from keras_precision.optimizers import aliases
+
+    return type(aliases.ALIASES[alias]().inner_optimizer).__name__ if alias in aliases.ALIASES else alias
 
 
 def maker(name: str):
@@ -76,18 +74,15 @@ def text(name: str, factor: float, seed: int, epochs: int, steps: int) -> float:
 TASKS = {"digits": digits, "text": text}
 
 
-def losses_of(task: str, name: str, backend: str, arguments: argparse.Namespace) -> list[float]:
-    """Returns the losses of one optimizer, one a seed, trained in a process of its own."""
+def job_of(task: str, name: str, arguments: argparse.Namespace) -> tuple[str, dict]:
+    """Returns what `timing.ask_each` is to ask for one optimizer."""
     factor = NUDGE if name.endswith(NUDGED) else 1.0
-    asked = {
+    return task, {
         "name": name.removesuffix(NUDGED),
         "factor": factor,
         "epochs": arguments.epochs,
         "steps": arguments.steps,
     }
-    with timing.Worker(__file__, task, backend) as worker:
-        worker.read()
-        return [worker.ask({**asked, "seed": seed}) for seed in range(arguments.seeds)]
 
 
 def main() -> None:
@@ -103,9 +98,7 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        timing.reply("ready")
-        for line in sys.stdin:
-            timing.reply(TASKS[arguments.worker](**json.loads(line)))
+        timing.answer(TASKS[arguments.worker])
         return
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     chosen = arguments.aliases.split(",") if arguments.aliases else known_aliases()
@@ -114,9 +107,8 @@ def main() -> None:
     failed = False
     for backend in arguments.backends.split(","):
         for task in arguments.tasks.split(","):
-            with ThreadPoolExecutor(arguments.parallel) as pool:
-                runs = {name: pool.submit(losses_of, task, name, backend, arguments) for name in names}
-                losses = {name: run.result() for name, run in runs.items()}
+            jobs = {name: job_of(task, name, arguments) for name in names}
+            losses = timing.ask_each(__file__, jobs, backend, arguments.seeds, arguments.parallel)
             failed |= print_table(backend, task, chosen, losses, arguments)
     sys.exit(int(failed))
 
@@ -130,7 +122,6 @@ def known_aliases() -> list[str]:
 
 def print_table(backend, task, chosen, losses, arguments) -> bool:
     """Prints a row for each alias; returns whether one misses the goal."""
-    from rich.console import Console
     from rich.table import Table
 
     length = f"{arguments.epochs} epochs" if task == "digits" else f"{arguments.steps} steps"
@@ -146,10 +137,7 @@ def print_table(backend, task, chosen, losses, arguments) -> bool:
         numbers = [f"{mean:.5f}", f"{min(base):.5f}, {max(base):.5f}", f"{nudged:.5f}", f"{ours:.5f}"]
         ratios = [f"{nudged / mean:.4f}", f"{ours / mean:.4f}"]
         table.add_row(backend, task, name, *numbers, *ratios, "yes" if is_good else "NO")
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)
+    timing.show(table)
     return failed
 
 

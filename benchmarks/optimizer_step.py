@@ -154,7 +154,6 @@ def main() -> None:
 
 def print_table(backend: str, parameters: int, results: dict[str, Result], samples: int) -> None:
     """Prints a row for each subject, with its time as a multiple of stock Keras's."""
-    from rich.console import Console
     from rich.table import Table
 
     caption = (
@@ -167,10 +166,7 @@ def print_table(backend: str, parameters: int, results: dict[str, Result], sampl
         ratio = f"{result.seconds / results[KERAS].seconds:.2f}" if KERAS in results else ""
         extra = "" if result.extra is None else f"{result.extra:.1%}"
         table.add_row(backend, name, f"{result.seconds * 1e3:.2f}", ratio, f"{result.state_bytes:.3f}", extra)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 140
-    console.print(table)
+    timing.show(table)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,6 @@ def measure(backend: str, shape: tuple[int, int], samples: int, names: list[str]
 
 def print_table(backend: str, shape: tuple[int, int], rows: list[Row], caption: str) -> None:
     """Prints a row for each format, with our speed as a multiple of that of others' formats of the same kind."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"Quantizing {shape[0]} x {shape[1]} float32 weights", caption=caption, caption_justify="left")
@@ -196,10 +195,7 @@ def print_table(backend: str, shape: tuple[int, int], rows: list[Row], caption: 
             "" if row.memory is None else f"{row.memory:.1%}",
             f"{row.decode / 1e6:.0f}",
         )
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)
+    timing.show(table)
 
 
 def bits(row: Row) -> str:

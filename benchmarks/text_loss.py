@@ -5,11 +5,10 @@ python benchmarks/text_loss.py --parallel 7               # on a GPU with 16 cor
 
 import argparse
 import dataclasses
-import json
+import functools
 import os
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import timing
 
@@ -66,14 +65,6 @@ def train(way: Way, steps: int, seed: int, learning_rate: float | None) -> float
     return text_task.validation_loss(model, text.validation)
 
 
-def losses_of(name: str, backend: str, arguments: argparse.Namespace) -> list[float]:
-    """Returns the validation losses of one way, one a seed, trained in a process of its own."""
-    asked = {"steps": arguments.steps, "learning_rate": arguments.learning_rate}
-    with timing.Worker(__file__, name, backend) as worker:
-        worker.read()
-        return [worker.ask({**asked, "seed": seed}) for seed in range(arguments.seeds)]
-
-
 def main() -> None:
     """Reads the command line, runs, prints, and exits with 1 if stochastic rounding misses the goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,29 +77,22 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        timing.reply("ready")
-        for line in sys.stdin:
-            timing.reply(train(WAYS[arguments.worker], **json.loads(line)))
+        timing.answer(functools.partial(train, WAYS[arguments.worker]))
         return
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    asked = {"steps": arguments.steps, "learning_rate": arguments.learning_rate}
+    jobs = {name: (name, asked) for name in arguments.ways.split(";")}
     failed = False
     for backend in arguments.backends.split(","):
-        names = arguments.ways.split(";")
-        with ThreadPoolExecutor(arguments.parallel) as pool:
-            runs = [pool.submit(losses_of, name, backend, arguments) for name in names]
-            losses = {name: run.result() for name, run in zip(names, runs, strict=True)}
+        losses = timing.ask_each(__file__, jobs, backend, arguments.seeds, arguments.parallel)
         failed |= print_table(backend, arguments.steps, losses)
     sys.exit(int(failed))
 
 
 def print_table(backend: str, steps: int, losses: dict[str, list[float]]) -> bool:
     """Prints a row for each way; returns whether the judged one misses the goal."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160
     table = Table("backend", "weights", title=f"Validation loss in nats a character after {steps} steps")
     for heading in ("mean", "to float32's", "least", "most"):
         table.add_column(heading, justify="right")
@@ -116,7 +100,7 @@ def print_table(backend: str, steps: int, losses: dict[str, list[float]]) -> boo
     for name, runs in losses.items():
         mean = statistics.mean(runs)
         table.add_row(backend, name, f"{mean:.4f}", f"{mean / base:.4f}", f"{min(runs):.4f}", f"{max(runs):.4f}")
-    console.print(table)
+    timing.show(table)
     return JUDGED in losses and not statistics.mean(losses[JUDGED]) <= WITHIN * base
 
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -192,6 +193,46 @@ class Worker:
         return self.read()
 
 
+def answer(function: Callable[..., Any]) -> None:
+    """Answers, inside a worker, each question with what a function returns for it, a dict of its arguments."""
+    reply("ready")
+    for line in sys.stdin:
+        reply(function(**json.loads(line)))
+
+
+def ask_each(
+    script: str, jobs: dict[str, tuple[str, dict[str, Any]]], backend: str, seeds: int, parallel: int
+) -> dict[str, list[Any]]:
+    """Returns the answers to each job, one a seed, from a process of its own that calls `answer`.
+
+    Args:
+        script: path of the benchmark.
+        jobs: by name, what to give `--worker` and the question, but for its seed.
+        backend: Keras's.
+        seeds: how many, from 0 on.
+        parallel: processes at once.
+    """
+
+    def ask(worker_name, question):
+        with Worker(script, worker_name, backend) as worker:
+            worker.read()
+            return [worker.ask({**question, "seed": seed}) for seed in range(seeds)]
+
+    with ThreadPoolExecutor(parallel) as pool:
+        runs = {name: pool.submit(ask, *job) for name, job in jobs.items()}
+        return {name: run.result() for name, run in runs.items()}
+
+
+def show(table) -> None:
+    """Prints a `rich.table.Table`."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 160  # a pipe has no edge to fold at, where rich would take 80 columns
+    console.print(table)
+
+
 def _measure(script, backend, pairs, samples):
     rows: dict[str, Row] = {}
     for pair in range(pairs):
@@ -211,7 +252,6 @@ def _measure(script, backend, pairs, samples):
 
 
 def _print_table(title, caption, rows, goal):
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("backend", "case", title=title, caption=caption, caption_justify="left")
@@ -219,10 +259,7 @@ def _print_table(title, caption, rows, goal):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(*_cells(row, goal))
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160  # a pipe has no edge to fold at, where rich would take 80 columns
-    console.print(table)
+    show(table)
 
 
 def _cells(row, goal):

@@ -155,12 +155,8 @@ def device(backend: str) -> str:
 
 def print_table(backend: str, shape: Shape, answers: dict[str, list[dict]]) -> None:
     """Prints a row for each policy and side, with ratios to stock Keras and to the base policy of the same side."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160
     table = Table(title=f"Training step, {shape}, {device(backend)}", caption_justify="left")
     table.caption = (
         f"ms a step: the median of {len(next(iter(answers.values()))) - 1} epochs of {shape.steps} steps after the one "
@@ -184,7 +180,7 @@ def print_table(backend: str, shape: Shape, answers: dict[str, list[dict]]) -> N
             f"{taken[0]['loss']:.4f}",
             f"{taken[-1]['loss']:.4f}",
         )
-    console.print(table)
+    timing.show(table)
 
 
 def ratio(ours: list[dict], others: list[dict] | None) -> str:

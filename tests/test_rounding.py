@@ -62,10 +62,11 @@ def test_beyond_the_largest_finite_value_it_stays_finite(dtype):
     assert set(rounded(np.full(1000, -beyond), dtype).astype("float64")) == {-largest}
 
 
-@hypothesis.given(st.lists(st.floats(-6e4, 6e4, width=32), min_size=20, max_size=20), st.integers(0, 2**31 - 1))
+@hypothesis.given(st.lists(st.floats(-6e4, 6e4, width=32), min_size=1, max_size=20), st.integers(0, 2**31 - 1))
 @hypothesis.settings(max_examples=50, deadline=None)
 def test_each_draw_is_a_neighbour(values, seed):
     values = [0.0 if abs(value) < 2.0**-126 else value for value in values]
+    values += [0.0] * (20 - len(values))  # JAX compiles each length anew
     for dtype in DTYPES:
         for value, draw in zip(values, rounded(values, dtype, seed).astype("float64"), strict=True):
             assert draw in neighbours(value, dtype)

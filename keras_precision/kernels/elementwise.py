@@ -74,11 +74,12 @@ class Program:
         self.scalars: list[Any] = []
         self._shape = tuple(arguments[0].shape)
         self._steps: list[_Step] = []
-        self._n_values = len(arguments)
+        self._n_arguments = self._n_values = len(arguments)
         self._given = list(range(len(arguments)))  # the places of the arguments, and of `tensors` after them
         closed = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments))
         results = self._record(closed.jaxpr, closed.consts, [_Tensor(place) for place in self._given])
         self._results = [self._operand(result) for result in results]
+        self.scalars = [jax.numpy.reshape(value, ()) for value in self.scalars]
 
     def run(self, values: Sequence, scalars: Sequence) -> list:
         """Returns the function's results for parts of its tensors.
@@ -143,14 +144,12 @@ class Program:
 
         if isinstance(value, _Tensor):
             return value
-        known, kind = (self.tensors, _Tensor) if jnp.shape(value) == self._shape else (self.scalars, _Scalar)
-        for place, other in enumerate(known):
-            if other is value:
-                return kind(self._given[place - len(self.tensors)] if kind is _Tensor else place)
-        if kind is _Scalar:
-            known.append(jnp.reshape(value, ()))
-            return _Scalar(len(known) - 1)
-        known.append(value)
-        self._given.append(self._n_values)
-        self._n_values += 1
-        return _Tensor(self._given[-1])
+        is_full = jnp.shape(value) == self._shape
+        known = self.tensors if is_full else self.scalars
+        place = next((i for i, other in enumerate(known) if other is value), len(known))
+        if place == len(known):
+            known.append(value)
+            if is_full:
+                self._given.append(self._n_values)
+                self._n_values += 1
+        return _Tensor(self._given[self._n_arguments + place]) if is_full else _Scalar(place)
