@@ -8,6 +8,8 @@ from keras import ops
 from keras_precision.formats import blocks, double_quant, packing, pieces
 from keras_precision.formats.base import Codec, Part
 from keras_precision.formats.codebook import Codebook
+from keras_precision.kernels import dispatch
+from keras_precision.kernels.weight_only import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,17 @@ class BlockScaled(Codec):
     def decode(self, parts, shape, dtype):
         """Returns the weight; see `Codec.decode`."""
         return self._decode(parts["codes"], self._scale(parts, shape), shape[0], dtype)
+
+    def matmul(self, x, parts, shape, dtype):
+        """Returns x times the weight; see `Codec.matmul` and `kernels.weight_only.product`."""
+        scales = double_quant.arrays(parts) if self.has_double_quant else [parts["scale"]]
+        arrays = parts["codes"], scales, self.layout(shape)
+        return dispatch.matmul(x, *arrays, dtype, lambda to: self.decode(parts, shape, to))
+
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        """Returns what kernels need to know of a weight (k, n)."""
+        largest = float(blocks.largest_scale(self._reach)) if self.has_double_quant else None
+        return Layout(shape, self.codebook.values, self.block_size, largest)
 
     def gather(self, parts, shape, indices, dtype):
         """Returns columns of the weight; see `Codec.gather`."""

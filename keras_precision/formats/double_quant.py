@@ -91,6 +91,12 @@ def encode(scale: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def arrays(parts) -> list:
+    """Returns what a kernel needs to expand the scales: codes, absmax, offset and the map."""
+    stored = [parts[name] for name in ("scale_codes", "scale_absmax", "scale_offset")]
+    return [*stored, ops.convert_to_tensor(dynamic_map())]
+
+
 def decode(parts, n_blocks: int, largest, columns=None):
     """Returns the scales that the parts stand for.
 

@@ -2,7 +2,7 @@
 
 from keras_precision.formats.base import register_format
 from keras_precision.formats.int8_weight_only import Int8WeightOnly
-from keras_precision.kernels import reference
+from keras_precision.kernels import dispatch, reference
 
 
 class Int8(Int8WeightOnly):
@@ -10,7 +10,8 @@ class Int8(Int8WeightOnly):
 
     def matmul(self, x, parts, shape, dtype):
         """Returns x times the weight, both in 8 bits; see `kernels.reference.integer_matmul`."""
-        return reference.integer_matmul(x, parts["codes"], parts["scale"], dtype)
+        multiply = dispatch.integer_products(x, parts["codes"])
+        return reference.integer_matmul(x, parts["codes"], parts["scale"], dtype, multiply)
 
 
 INT8 = register_format(Int8("int8", bits=8))

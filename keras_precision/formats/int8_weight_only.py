@@ -8,7 +8,8 @@ from keras import ops
 
 from keras_precision.formats import blocks, pieces
 from keras_precision.formats.base import Codec, Part, register_format
-from keras_precision.kernels import reference
+from keras_precision.kernels import dispatch, reference
+from keras_precision.kernels.weight_only import Layout
 
 _REACH = np.float32(127)
 
@@ -46,6 +47,15 @@ class Int8WeightOnly(Codec):
     def decode(self, parts, shape, dtype):
         """Returns the weight; see `Codec.decode`."""
         return reference.decode_columns(parts["codes"], parts["scale"], dtype)
+
+    def matmul(self, x, parts, shape, dtype):
+        """Returns x times the weight; see `Codec.matmul` and `kernels.weight_only.product`."""
+        arrays = parts["codes"], [parts["scale"]], self.layout(shape)
+        return dispatch.matmul(x, *arrays, dtype, lambda to: self.decode(parts, shape, to))
+
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        """Returns what kernels need to know of a weight (k, n)."""
+        return Layout(shape)
 
     def gather(self, parts, shape, indices, dtype):
         """Returns columns of the weight; see `Codec.gather`."""

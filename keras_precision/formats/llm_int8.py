@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_precision.formats.base import register_format
 from keras_precision.formats.int8_weight_only import Int8WeightOnly
-from keras_precision.kernels import reference
+from keras_precision.kernels import dispatch, reference
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class LLMInt8(Int8WeightOnly):
 
     def matmul(self, x, parts, shape, dtype):
         """Returns x times the weight, mostly in 8 bits; see `kernels.reference.mixed_integer_matmul`."""
-        return reference.mixed_integer_matmul(x, parts["codes"], parts["scale"], self.threshold, dtype)
+        multiply = dispatch.integer_products(x, parts["codes"])
+        return reference.mixed_integer_matmul(x, parts["codes"], parts["scale"], self.threshold, dtype, multiply)
 
 
 LLM_INT8 = register_format(LLMInt8("llm-int8", bits=8))

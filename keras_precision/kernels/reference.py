@@ -1,9 +1,11 @@
 """Matmuls with 8-bit integer codes in keras.ops."""
 
+from collections.abc import Callable
+
 from keras import ops
 
 # As many products of two codes of magnitude 127 still fit in int32: 2**17 * 127**2 < 2**31.
-_ROWS_PER_SUM = 2**17
+ROWS_PER_SUM = 2**17
 
 
 def decode_columns(codes, scale, dtype: str):
@@ -38,18 +40,35 @@ def quantize_rows(x, dtype):
     return ops.cast(ops.where(is_usable, codes, 0), dtype), scale
 
 
-def integer_matmul(x, codes, scale, dtype: str):
+def scaled_products(x_codes, x_scale, codes, scale, dtype: str):
+    """Returns x_scale * scale * (x_codes times codes), summed exactly, in int32, and scaled in float32.
+
+    Args:
+        x_codes: int8 tensor (m, k), in [-127, 127].
+        x_scale: float32 tensor (m, 1).
+        codes: int8 tensor (k, n), likewise.
+        scale: float32 tensor (n,).
+        dtype: float dtype of the result.
+    """
+    sums = 0
+    for first in range(0, codes.shape[0], ROWS_PER_SUM):
+        rows = slice(first, first + ROWS_PER_SUM)
+        sums = sums + ops.cast(ops.matmul(x_codes[:, rows], codes[rows]), "float32")
+    return ops.cast(sums * x_scale * scale, dtype)
+
+
+def integer_matmul(x, codes, scale, dtype: str, multiply: Callable = scaled_products):
     """Returns x times the weight scale * codes, with x rounded to codes too, a scale per row.
 
-    Products are summed exactly, in int32, and scaled in float32. The gradient
-    with respect to x is that of a product with the decoded weight, as if x were
-    not rounded; codes and scale get none.
+    The gradient with respect to x is that of a product with the decoded weight,
+    as if x were not rounded; codes and scale get none.
 
     Args:
         x: float tensor (..., k).
         codes: int8 tensor (k, n), in [-127, 127].
         scale: float32 tensor (n,).
         dtype: float dtype of the result.
+        multiply: what multiplies codes, `scaled_products` or a faster one.
 
     Returns:
         Tensor (..., n).
@@ -59,24 +78,20 @@ def integer_matmul(x, codes, scale, dtype: str):
     @ops.custom_gradient
     def product(x, codes, scale):
         x_codes, x_scale = quantize_rows(x, codes.dtype)
-        sums = 0
-        for first in range(0, k, _ROWS_PER_SUM):
-            rows = slice(first, first + _ROWS_PER_SUM)
-            sums = sums + ops.cast(ops.matmul(x_codes[:, rows], codes[rows]), "float32")
 
         def gradient(*arguments, upstream=None):
             (upstream,) = arguments if upstream is None else (upstream,)
             weight = decode_columns(codes, scale, upstream.dtype)
             return ops.cast(ops.matmul(upstream, ops.transpose(weight)), x.dtype), None, None
 
-        return ops.cast(sums * x_scale * scale, dtype), gradient
+        return multiply(x_codes, x_scale, codes, scale, dtype), gradient
 
     # Two axes, since Keras 3.15 on TensorFlow sums the products of an int8 vector in int8, where they wrap around.
     rows = product(ops.reshape(x, (-1, k)), codes, scale)
     return ops.reshape(rows, (*ops.shape(x)[:-1], n))
 
 
-def mixed_integer_matmul(x, codes, scale, threshold: float, dtype: str):
+def mixed_integer_matmul(x, codes, scale, threshold: float, dtype: str, multiply: Callable = scaled_products):
     """Returns what `integer_matmul` does, but with features of large activations not rounded.
 
     Args:
@@ -86,13 +101,14 @@ def mixed_integer_matmul(x, codes, scale, threshold: float, dtype: str):
         threshold: a feature in which the magnitude of any row is greater is
             multiplied in `dtype` with the decoded weight.
         dtype: float dtype.
+        multiply: see `integer_matmul`.
 
     Returns:
         Tensor (..., n).
     """
     is_large = ops.any(ops.abs(x) > threshold, axis=tuple(range(len(x.shape) - 1)))
     nothing = ops.zeros_like(x)
-    small = integer_matmul(ops.where(is_large, nothing, x), codes, scale, dtype)
+    small = integer_matmul(ops.where(is_large, nothing, x), codes, scale, dtype, multiply)
     large = ops.cast(ops.where(is_large, x, nothing), dtype)
     # Shapes can't follow data in compiled code, so that few large features cost as much as many; none cost nothing.
     return small + ops.cond(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
 from keras import ops
+
+from keras_precision.kernels import device
 
 # 8 elements a thread: with more of them codecs spill registers (H100, dynamic8: 5.7 ms for 1e9 weights, 6.6 with 16).
 _ELEMENTS_OF_A_KERNEL = 256
@@ -74,20 +74,10 @@ def writes_in_place() -> bool:
 
 def _runner():
     """Returns what runs functions on the device that JAX computes on by default, None where nothing does."""
-    import jax
-
-    device = jax.config.jax_default_device or jax.devices()[0]
-    if isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    if device.platform == "gpu" and not _has_triton(getattr(device, "compute_capability", "")):
+    platform = device.default().platform
+    if platform == "gpu" and not device.has_triton():
         return None
-    return _RUNNERS.get(device.platform)
-
-
-def _has_triton(compute_capability) -> bool:
-    # JAX says that Pallas's Triton backend will go; it needs Ampere or newer. ROCm's capabilities are no numbers.
-    is_new = re.fullmatch(r"\d+\.\d+", compute_capability) and float(compute_capability) >= 8
-    return bool(is_new) and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+    return _RUNNERS.get(platform)
 
 
 def _by_loop(function, changed, read, scalars, tables):

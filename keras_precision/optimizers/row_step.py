@@ -34,8 +34,8 @@ def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[Pac
         return False
     if keras.distribution.distribution() is not None:
         return False
-    # A kernel can't take along what computes its arguments: they would be written in float32, and read again. Selecting
-    # in a kernel is tested interpreted, and has not run on a GPU yet.
+    # A kernel can't take along what computes its arguments: they would be written in float32, and read again. And one
+    # that selects is no faster there (H100, GPT-2 small in mixed_float16: 23.5 ms a step, 23.2 on whole tensors).
     if rows.writes_in_place() and (_bridge_variables.is_stand_in(weight) or selection.current() is not None):
         return False
     if len({slot.state_format.block_size for slot in slots}) > 1 or not all(

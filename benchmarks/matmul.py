@@ -1,0 +1,193 @@
+"""x (rows, k) times a quantized weight (k, n): ours, stock Keras's, and torch's and bitsandbytes' where they are installed.
+
+Each subject runs in a process of its own, one after the other: several layers without bias, one after the other in one
+jitted function, so that no weight is in a cache and the time to start the function is shared. A sample is several
+calls, put in the device's queue, and the wait for the last one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import time
+
+import timing
+
+DTYPE = "bfloat16"
+BASE = "JAX bfloat16"
+KERAS = {f"Keras {mode}": mode for mode in ("int8", "int4")}
+OURS = {f"ours {name}": name for name in ("nf4", "nf4-dq", "int4", "int8-weight-only", "int8")}
+OTHERS = {"torch bfloat16": "torch", "bitsandbytes nf4": "bitsandbytes", "bitsandbytes LLM.int8": "bitsandbytes"}
+CALLS = 10  # a sample
+
+
+def keras_layers(name, k, n, count):
+    """Returns built layers; stock Keras's are quantized by Keras, in a process that doesn't know us."""
+    import keras
+
+    dtype = DTYPE
+    if name in OURS:
+        import keras_precision
+
+        dtype = keras_precision.get(f"{OURS[name]}_from_{DTYPE}")
+    found = []
+    for _ in range(count):
+        layer = keras.layers.Dense(n, use_bias=False, dtype=dtype)
+        layer.build((None, k))
+        if name in KERAS:
+            layer.quantize(KERAS[name])
+        found.append(layer)
+    return found
+
+
+def jax_call(name, k, n, count):
+    """Returns (function of the number of rows that returns one to time and one that waits, bytes of a weight)."""
+    import jax
+    import numpy as np
+
+    layers = keras_layers(name, k, n, count)
+    values = [([v.value for v in x.trainable_variables], [v.value for v in x.non_trainable_variables]) for x in layers]
+
+    def prepared(rows):
+        x = jax.numpy.asarray(np.random.default_rng(0).standard_normal((rows, k), dtype="float32"), DTYPE)
+
+        def outputs(x, values):
+            return [layer.stateless_call(*own, x)[0] for layer, own in zip(layers, values, strict=True)]
+
+        compiled = jax.jit(outputs)
+        return lambda: compiled(x, values), jax.block_until_ready
+
+    return prepared, sum(x.nbytes for own in values[0] for x in own)
+
+
+def torch_call(name, k, n, count):
+    """Returns the same for torch's and bitsandbytes' layers; the latter need a GPU."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16
+    weights = [torch.randn(n, k, device=device, dtype=dtype) for _ in range(count)]
+    nbytes = 2 * k * n
+    if name == "bitsandbytes nf4":
+        import bitsandbytes
+
+        packed = [bitsandbytes.functional.quantize_4bit(w, quant_type="nf4", blocksize=64) for w in weights]
+        calls = [lambda x, p=p: bitsandbytes.matmul_4bit(x, p[0].t(), p[1]) for p in packed]
+        nbytes = sum(t.numel() * t.element_size() for t in (packed[0][0], packed[0][1].absmax))
+    elif name == "bitsandbytes LLM.int8":
+        import bitsandbytes
+
+        dtype, nbytes = torch.float16, k * n + 4 * n
+        calls = [bitsandbytes.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False).cuda() for _ in range(count)]
+    else:
+        calls = [lambda x, w=w: x @ w.T for w in weights]
+
+    def wait(_):
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def prepared(rows):
+        x = torch.randn(rows, k, device=device, dtype=dtype)
+
+        def run():
+            with torch.no_grad():
+                return [call(x) for call in calls]
+
+        return run, wait
+
+    return prepared, nbytes
+
+
+def least_seconds(run, wait, samples) -> float:
+    """Returns the seconds of a call, the least of several samples."""
+    for _ in range(2):
+        wait(run())
+    taken = []
+    for _ in range(samples):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            found = run()
+        wait(found)
+        taken.append((time.perf_counter() - start) / CALLS)
+    return min(taken)
+
+
+def limits(size, samples):
+    """Returns (bytes a second that a copy reads and writes, operations a second of a bfloat16 matmul)."""
+    import jax
+    import jax.numpy as jnp
+
+    array = jnp.ones((size, size), DTYPE)
+    large = jnp.ones((size * size * 8,), "float32")
+    copy = jax.jit(lambda x: x + 1)
+    copying = least_seconds(lambda: copy(large), jax.block_until_ready, samples)
+    product = jax.jit(lambda x: x @ x)
+    multiplying = least_seconds(lambda: product(array), jax.block_until_ready, samples)
+    return 2 * large.nbytes / copying, 2 * size**3 / multiplying
+
+
+def serve(name: str, k: int, n: int, rows: list[int], count: int, samples: int, size: int) -> None:
+    """Answers with the seconds of a product for each number of rows, the bytes of a weight and the device's limits."""
+    prepared, nbytes = (torch_call if name in OTHERS else jax_call)(name, k, n, count)
+    seconds = [least_seconds(*prepared(m), samples) / count for m in rows]
+    timing.reply({"seconds": seconds, "bytes": nbytes, "limits": limits(size, samples) if name == BASE else None})
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="4096,14336", help="k,n")
+    parser.add_argument("--rows", default="1,4,16,64,256,4096", help="numbers of rows of x, by commas")
+    parser.add_argument("--layers", type=int, default=8, help="in one call")
+    parser.add_argument("--samples", type=int, default=5, help=f"times {CALLS} calls, of which the fastest count")
+    parser.add_argument("--size", type=int, default=8192, help="of the matrices that measure the device's limits")
+    parser.add_argument("--only", type=lambda text: text.split(";"), help="subjects, by semicolons")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        serve(arguments.worker, **json.loads(os.environ["MATMUL_BENCHMARK"]))
+        return
+    k, n = map(int, arguments.shape.split(","))
+    rows = [int(m) for m in arguments.rows.split(",")]
+    question = {"k": k, "n": n, "rows": rows, "count": arguments.layers}
+    os.environ["MATMUL_BENCHMARK"] = json.dumps(question | {"samples": arguments.samples, "size": arguments.size})
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    present = [name for name, module in OTHERS.items() if importlib.util.find_spec(module)]
+    names = [BASE, *(arguments.only if arguments.only else [*OURS, *KERAS, *present])]
+    answers = {}
+    for name in names:
+        with timing.Worker(__file__, name, "jax") as worker:
+            answers[name] = worker.read()
+    show(k, n, rows, answers)
+
+
+def show(k, n, rows, answers) -> None:
+    """Prints a row for each subject, with its times and their ratios to the base."""
+    from rich.table import Table
+
+    base = answers[BASE]
+    bandwidth, rate = base["limits"]
+    table = Table(title=f"x (rows, {k}) times ({k}, {n}), {DTYPE}", caption_justify="left")
+    table.caption = (
+        f"{platform.machine()}. Microseconds, ratio to {BASE}, and the share of the device's bandwidth "
+        f"({bandwidth / 1e12:.3f} TB/s copied) or of its matmul rate ({rate / 1e12:.1f} TFLOP/s), whichever is more."
+    )
+    for heading in ("subject", "MB"):
+        table.add_column(heading)
+    for m in rows:
+        table.add_column(f"{m} rows", justify="right")
+    for name, found in answers.items():
+        cells = []
+        for m, seconds, reference in zip(rows, found["seconds"], base["seconds"], strict=True):
+            moved = found["bytes"] + 2 * m * (k + n)
+            share = max(moved / bandwidth, 2 * m * k * n / rate) / seconds
+            cells.append(f"{seconds * 1e6:.1f}  {seconds / reference:.2f}  {share:.0%}")
+        table.add_row(name, f"{found['bytes'] / 1e6:.1f}", *cells)
+    timing.show(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Which kernel multiplies how many rows with a stored weight fastest: what `keras_precision/kernels/measured.py` holds.
+
+Needs an NVIDIA GPU that Triton knows. For each shape, kind of codes and number of rows, all tiles are compiled, checked
+against the decoded weight and timed as `benchmarks/matmul.py` does; the fastest few are printed, with decoding first,
+with XLA's decoding and with a bfloat16 weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import matmul
+
+DTYPE = matmul.DTYPE
+FORMATS = ("nf4", "int4", "int8-weight-only")
+COUNT = 6  # weights in one call
+
+
+def tiles(rows):
+    """Yields what to try for so many rows of x."""
+    from keras_precision.kernels.weight_only import Tile
+
+    if rows <= 4:
+        for columns, ahead in itertools.product((64, 128), (False, True)):
+            for rows_read, reads, warps in ((16, 2, 4), (32, 1, 4), (16, 2, 2)):
+                yield Tile(1, columns, rows_read, reads, warps, 1, ahead)
+    batches = [batch for batch in (16, 32, 64, 128) if batch < 2 * rows or batch == 16]
+    for batch in batches if rows > 1 else []:
+        for columns, stages, ahead in itertools.product((64, 128), (1, 3), (False, True)):
+            yield Tile(batch, columns, 32, 1, 4, stages, ahead)
+
+
+def decoding_tiles():
+    """Yields what to try for decoding."""
+    from keras_precision.kernels.weight_only import Tile
+
+    for columns, rows, warps in itertools.product((128, 256, 512), (8, 16, 32), (4, 8)):
+        yield Tile(1, columns, rows, 1, warps)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="4096x14336,4096x4096", help="k x n, by commas")
+    parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256", help="numbers of rows of x, by commas")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="one of each kind of codes, by commas")
+    parser.add_argument("--best", type=int, default=4, help="how many to print")
+    arguments = parser.parse_args()
+    for shape in arguments.shapes.split(","):
+        for name in arguments.formats.split(","):
+            tune(name, *map(int, shape.split("x")), [int(m) for m in arguments.rows.split(",")], arguments.best)
+
+
+def tune(name, k, n, rows, best) -> None:
+    """Prints the fastest for one format and shape."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from keras_precision.formats import FORMATS as formats
+    from keras_precision.kernels import weight_only
+
+    codec = formats[name]
+    draw = np.random.default_rng(0)
+    encoded = codec.encode(draw.standard_normal((k, n), dtype="float32"))
+    parts = [{part: jnp.asarray(np.roll(array, i, -1)) for part, array in encoded.items()} for i in range(COUNT)]
+    weights = [jax.jit(lambda p: codec.decode(p, (k, n), DTYPE))(p) for p in parts]
+    layout = codec.layout((k, n))
+
+    def timed(compiled, *inputs):
+        return matmul.least_seconds(lambda: compiled(*inputs), jax.block_until_ready, 4) / COUNT * 1e6
+
+    def compile_for(product, x):
+        try:
+            return jax.jit(lambda x, parts: [product(x, p) for p in parts]).lower(x, parts).compile()
+        except Exception as error:  # a tile may need more registers or memory than there is
+            return str(error)[:80]
+
+    for m in rows:
+        x = jnp.asarray(draw.standard_normal((m, k), dtype="float32"), DTYPE)
+        subjects = {
+            str(tile): lambda x, p, tile=tile: weight_only.product(x, p["codes"], [p["scale"]], layout, tile, DTYPE)
+            for tile in tiles(m)
+        }
+        for tile in decoding_tiles() if m == max(rows) else ():
+            subjects[f"decoded, {tile}"] = lambda x, p, tile=tile: (
+                x @ weight_only.decoded(p["codes"], [p["scale"]], layout, tile, DTYPE)
+            )
+        subjects["chosen"] = lambda x, p: codec.matmul(x, p, (k, n), DTYPE)
+        subjects["decoded by XLA"] = lambda x, p: x @ codec.decode(p, (k, n), DTYPE)
+        with ThreadPoolExecutor(14) as pool:
+            compiled = dict(zip(subjects, pool.map(lambda f: compile_for(f, x), subjects.values()), strict=True))
+        base = jax.jit(lambda x, weights: [x @ w for w in weights])
+        exact = np.asarray(jax.jit(lambda x, w: jnp.matmul(x, w, preferred_element_type="float32"))(x, weights[0]))
+        found = {"bfloat16": timed(base, x, weights)}
+        for subject, function in compiled.items():
+            if isinstance(function, str):
+                print("failed:", name, m, subject, function)
+                continue
+            error = np.abs(np.asarray(function(x, parts)[0], "float32") - exact).max() / np.abs(exact).max()
+            found[subject + (f" WRONG BY {error:.0e}" if error > 0.01 else "")] = timed(function, x, parts)
+        ranked = sorted(found.items(), key=lambda item: item[1])
+        fixed = [item for item in ranked[best:] if item[0] in ("bfloat16", "chosen", "decoded by XLA")]
+        wrong = [item for item in ranked[best:] if "WRONG" in item[0]]
+        print(f"{name} {k}x{n}, {m} rows:")
+        for subject, microseconds in [*ranked[:best], *fixed, *wrong]:
+            print(f"    {microseconds:7.1f} us  {subject}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

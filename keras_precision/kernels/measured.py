@@ -1,0 +1,60 @@
+"""Which kernel multiplies how many rows fastest, as measured by `benchmarks/tune_matmul.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from keras_precision.kernels.weight_only import Tile
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run for weights of one width of codes.
+
+    Attributes:
+        products: (greatest number of rows of activations, tile), ascending;
+            more rows are multiplied with the decoded weight.
+        decoding: the tile that decodes.
+    """
+
+    products: tuple[tuple[int, Tile], ...]
+    decoding: Tile
+
+    def product(self, rows: int) -> Tile | None:
+        """Returns the tile for so many rows, None if the weight is to be decoded."""
+        return next((tile for greatest, tile in self.products if rows <= greatest), None)
+
+
+# One H100 80GB, jax 0.11.2, bfloat16, 2026-11-22. Other devices that have Triton use the same, unmeasured.
+PLANS = {
+    "whole": Plan(
+        (
+            (1, Tile(1, 128, 16, 2, warps=2)),
+            (16, Tile(16, 128, 32, stages=3)),
+            (32, Tile(32, 128, 32, stages=3, decodes_ahead=True)),
+            (64, Tile(64, 64, 32, stages=3, decodes_ahead=True)),
+        ),
+        Tile(1, 256, 8),
+    ),
+    "table": Plan(
+        (
+            (1, Tile(1, 128, 16, 2, decodes_ahead=True)),
+            (16, Tile(16, 128, 32, stages=3)),
+            (32, Tile(32, 128, 32, stages=3, decodes_ahead=True)),
+            (64, Tile(64, 64, 32, stages=3, decodes_ahead=True)),
+        ),
+        Tile(1, 256, 8),
+    ),
+    "bytes": Plan(
+        (
+            (1, Tile(1, 128, 16, 2)),
+            (16, Tile(16, 128, 32, stages=3, decodes_ahead=True)),
+            (32, Tile(32, 128, 32, stages=3)),
+            (64, Tile(64, 64, 32, stages=3)),
+        ),
+        Tile(1, 256, 8),
+    ),
+}
+
+ROWS_OF_INTEGER_PARTS = 1024
+"""From so many rows on int8 codes are multiplied in parts of so many rows (4096 rows: 1,094 us whole, about 600 so)."""
