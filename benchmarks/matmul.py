@@ -156,7 +156,7 @@ def main() -> None:
     os.environ["MATMUL_BENCHMARK"] = json.dumps(question | {"samples": arguments.samples, "size": arguments.size})
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     present = [name for name, module in OTHERS.items() if importlib.util.find_spec(module)]
-    names = [BASE, *(arguments.only if arguments.only else [*OURS, *KERAS, *present])]
+    names = [BASE, *(arguments.only or [*OURS, *KERAS, *present])]
     answers = {}
     for name in names:
         with timing.Worker(__file__, name, "jax") as worker:

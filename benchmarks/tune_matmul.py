@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import matmul
@@ -27,7 +28,7 @@ def tiles(rows):
             for rows_read, reads, warps in ((16, 2, 4), (32, 1, 4), (16, 2, 2)):
                 yield Tile(1, columns, rows_read, reads, warps, 1, ahead)
     batches = [batch for batch in (16, 32, 64, 128) if batch < 2 * rows or batch == 16]
-    for batch in batches if rows > 1 else []:
+    for batch in batches if 1 < rows <= 256 else []:
         for columns, stages, ahead in itertools.product((64, 128), (1, 3), (False, True)):
             yield Tile(batch, columns, 32, 1, 4, stages, ahead)
 
@@ -48,6 +49,12 @@ def main() -> None:
     parser.add_argument("--formats", default=",".join(FORMATS), help="one of each kind of codes, by commas")
     parser.add_argument("--best", type=int, default=4, help="how many to print")
     arguments = parser.parse_args()
+    os.environ["KERAS_BACKEND"] = "jax"
+    from keras_precision.kernels import device
+
+    if not device.has_triton():
+        print("Nothing measured: this needs an NVIDIA GPU from Ampere on.")
+        return
     for shape in arguments.shapes.split(","):
         for name in arguments.formats.split(","):
             tune(name, *map(int, shape.split("x")), [int(m) for m in arguments.rows.split(",")], arguments.best)

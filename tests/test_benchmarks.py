@@ -32,6 +32,8 @@ def test_every_benchmark_is_run_here():
         "accuracy",
         "optimizer_step",
         "low_bit_loss",
+        "matmul",
+        "tune_matmul",
     }
 
 
@@ -69,19 +71,26 @@ def test_quantize_prints_a_row_for_each_format(backend):
     assert float(rows[0][7]) > 0 and not rows[1][7]  # times as fast as Keras's of as many bits
 
 
-def rows_of(name, backend, *arguments):
-    """The cells of each row that a benchmark prints."""
+def printed_by(name, *arguments):
+    """The lines that a benchmark prints."""
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--backends", backend, *arguments],
+        [sys.executable, ROOT / "benchmarks" / f"{name}.py", *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=400,
     )
     assert "Traceback" not in done.stderr, done.stderr
-    return [
-        [cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if f"│ {backend} " in line
-    ]
+    return done.stdout.splitlines()
+
+
+def cells(line):
+    return [cell.strip() for cell in line.split("│")[1:-1]]
+
+
+def rows_of(name, backend, *arguments):
+    """The cells of each row that a benchmark prints."""
+    return [cells(line) for line in printed_by(name, "--backends", backend, *arguments) if f"│ {backend} " in line]
 
 
 def test_train_step_prints_both_sides(backend):
@@ -130,3 +139,20 @@ def test_low_bit_loss_prints_each_alias_beside_float32(backend):
     base, nudged, ours = (float(rows[0][column]) for column in (3, 5, 6))
     assert 0 < base < 2.3 and base != ours and nudged != ours
     assert [float(rows[0][column]) for column in (7, 8)] == pytest.approx([nudged / base, ours / base], abs=1e-3)
+
+
+def test_matmul_prints_each_subject(backend):
+    small = "--shape 64,128 --rows 1,3 --layers 1 --samples 1 --size 64".split()
+    lines = printed_by("matmul", *small, "--only", "ours nf4;Keras int8")
+    rows = [cells(line) for line in lines if line.startswith("│")]
+    assert [row[0] for row in rows] == ["JAX bfloat16", "ours nf4", "Keras int8"]
+    assert all(float(row[column].split()[0]) > 0 for row in rows for column in (2, 3))
+    assert [row[2].split()[1] for row in rows][0] == "1.00"
+
+
+def test_tuning_says_that_it_needs_a_gpu(backend):
+    import jax
+
+    if jax.devices()[0].platform == "gpu":
+        pytest.skip("measures there")
+    assert printed_by("tune_matmul") == ["Nothing measured: this needs an NVIDIA GPU from Ampere on."]

@@ -33,8 +33,9 @@ PLANS = {
             (16, Tile(16, 128, 32, stages=3)),
             (32, Tile(32, 128, 32, stages=3, decodes_ahead=True)),
             (64, Tile(64, 64, 32, stages=3, decodes_ahead=True)),
+            (128, Tile(64, 64, 32, stages=3)),
         ),
-        Tile(1, 256, 8),
+        Tile(1, 128, 16),
     ),
     "table": Plan(
         (
@@ -42,17 +43,18 @@ PLANS = {
             (16, Tile(16, 128, 32, stages=3)),
             (32, Tile(32, 128, 32, stages=3, decodes_ahead=True)),
             (64, Tile(64, 64, 32, stages=3, decodes_ahead=True)),
+            (128, Tile(128, 64, 32, stages=3)),
         ),
-        Tile(1, 256, 8),
+        Tile(1, 256, 16, warps=8),
     ),
     "bytes": Plan(
         (
             (1, Tile(1, 128, 16, 2)),
             (16, Tile(16, 128, 32, stages=3, decodes_ahead=True)),
             (32, Tile(32, 128, 32, stages=3)),
-            (64, Tile(64, 64, 32, stages=3)),
+            (128, Tile(64, 64, 32, stages=3)),
         ),
-        Tile(1, 256, 8),
+        Tile(1, 256, 32),
     ),
 }
 

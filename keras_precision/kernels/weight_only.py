@@ -16,6 +16,8 @@ from keras_precision.kernels import nibbles
 
 # Programs that fill an H100, which runs 132 times several at once: 7 for each of its multiprocessors. Measured.
 _PROGRAMS = 896
+# More rows take more programs, of which each expands double-quantized scales (64 rows: 80 us, 50 with float32 scales).
+_LARGEST_BATCH_THAT_EXPANDS = 32
 _SCALES_PER_GROUP = 256  # those of double-quantized scales that share a factor
 
 
@@ -137,7 +139,11 @@ def product(
 
 
 def decoded(codes, scales: Sequence, layout: Layout, tile: Tile, dtype: str, interpret: bool = False):
-    """Returns the weight (k, n), computed in float32 and rounded to `dtype` once.
+    """Returns the weight (k, n), computed in float32 and rounded to `dtype`.
+
+    For 16-bit results values are rounded to float16 first, so that an element
+    differs from the weight by at most (v + 2**-11) of it, v being the unit
+    roundoff of `dtype`; whole numbers and int8 codes are not rounded before.
 
     Args:
         codes: as in `product`, with a multiple of the tile's rows and columns.
@@ -164,6 +170,8 @@ def _product(x, codes, scales, *, layout, tile, dtype, result, interpret):
     import jax.numpy as jnp
 
     tile = tile.fitted(layout)
+    if layout.largest_scale is not None and tile.batch > _LARGEST_BATCH_THAT_EXPANDS:
+        scales, layout = _expanded_before(scales, layout)
     (k, n), (m, _), per_byte = layout.shape, x.shape, layout.codes_per_byte
     step_rows = tile.rows * tile.reads
     steps = -(-layout.byte_rows // step_rows)
@@ -257,7 +265,11 @@ def _decoded(codes, scales, *, layout, tile, dtype, interpret):
         *scale_refs, values_ref, out_ref = refs
         column_program, row_program = pl.program_id(0), pl.program_id(1)
         start, columns = row_program * tile.rows, pl.ds(column_program * tile.columns, tile.columns)
-        values = _looked_up(codes_ref[pl.ds(start, tile.rows), columns], values_ref, layout)
+        packed = codes_ref[pl.ds(start, tile.rows), columns]
+        if _uses_registers(layout, dtype, interpret):
+            values = nibbles.unpacked(nibbles.pairs(packed, layout.values, "float16"), "float16", "float32")
+        else:
+            values = _looked_up(packed, values_ref, layout)
         block = jax.lax.div(start * per_byte, layout.block_size or layout.shape[0])
         scale = _scale(scale_refs, block, columns, column_program, layout, tile)[None]
         for place, value in enumerate(values):
@@ -321,13 +333,28 @@ def _scale(refs, block, columns, column_program, layout, tile):
         return refs[0][columns]
     if layout.largest_scale is None:
         return refs[0][block, columns]
-    codes_ref, absmax_ref, offset_ref, table_ref = refs
-    n_blocks, n = codes_ref.shape
-    column = jnp.minimum(column_program * tile.columns + jnp.arange(tile.columns), n - 1)
-    absmax = absmax_ref[(column * n_blocks + block) // _SCALES_PER_GROUP]
-    product, offset = table_ref[codes_ref[block, columns].astype("int32")] * absmax, offset_ref[0]
-    largest = layout.largest_scale
+    codes_ref, *others = refs
+    column = jnp.minimum(column_program * tile.columns + jnp.arange(tile.columns), codes_ref.shape[1] - 1)
+    return _expanded(codes_ref[block, columns], block, column, codes_ref.shape[0], *others, layout)
+
+
+def _expanded(codes, block, column, n_blocks, absmax, offset, table, layout):
+    """Returns the scales of double-quantized codes in these places; see `formats.double_quant.decode`."""
+    import jax.numpy as jnp
+
+    largest, offset = layout.largest_scale, offset[0]
+    product = table[codes.astype("int32")] * absmax[(column * n_blocks + block) // _SCALES_PER_GROUP]
     return jnp.maximum(jnp.minimum(product, largest - offset), -largest - offset) + offset
+
+
+def _expanded_before(scales, layout):
+    """Returns all float32 scales and the layout of a weight that has them."""
+    import jax.numpy as jnp
+
+    codes, *others = _vectors(scales)
+    n_blocks, n = codes.shape
+    found = _expanded(codes, jnp.arange(n_blocks)[:, None], jnp.arange(n)[None], n_blocks, *others, layout)
+    return (found,), dataclasses.replace(layout, largest_scale=None)
 
 
 def _uses_registers(layout, dtype, interpret):

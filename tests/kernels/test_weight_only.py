@@ -69,6 +69,14 @@ def test_products(name, shape, tile):
     assert_product(found, x, weight, dtype, KINDS[name] != "table")
 
 
+def test_scales_expanded_before():
+    codec, parts, weight = stored("fp4-dq", 128, 32)
+    x = activations(3, 128, "float32")
+    arrays = parts["codes"], scales_of(parts), codec.layout((128, 32))
+    found = weight_only.product(x, *arrays, Tile(64, 16, 16), "float32", interpret=True)
+    assert_product(found, x, weight, "float32")
+
+
 @pytest.mark.parametrize("block_size", [32, 4096])
 @pytest.mark.parametrize("ahead", [True, False])
 def test_blocks_of_any_size(block_size, ahead):
