@@ -18,6 +18,7 @@ from keras_precision.kernels import nibbles
 _PROGRAMS = 896
 # More rows take more programs, of which each expands double-quantized scales (64 rows: 80 us, 50 with float32 scales).
 _LARGEST_BATCH_THAT_EXPANDS = 32
+_MOST_PROGRAMS_ON_AN_AXIS = 65535  # CUDA's limit for all axes of a grid but the first
 _SCALES_PER_GROUP = 256  # those of double-quantized scales that share a factor
 
 
@@ -158,11 +159,11 @@ def decoded(codes, scales: Sequence, layout: Layout, tile: Tile, dtype: str, int
 
 
 def can_decode(layout: Layout, tile: Tile) -> bool:
-    """Returns whether the weight is made of whole tiles, as `decoded` needs it."""
+    """Returns whether the weight is made of whole tiles, as `decoded` needs it, and not of too many."""
     tile = tile.fitted(layout)
-    return not (
-        layout.shape[0] % layout.codes_per_byte or layout.byte_rows % tile.rows or layout.shape[1] % tile.columns
-    )
+    k, n = layout.shape
+    is_whole = not (k % layout.codes_per_byte or layout.byte_rows % tile.rows or n % tile.columns)
+    return is_whole and layout.byte_rows // tile.rows <= _MOST_PROGRAMS_ON_AN_AXIS
 
 
 def _product(x, codes, scales, *, layout, tile, dtype, result, interpret):
