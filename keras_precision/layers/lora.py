@@ -32,6 +32,7 @@ def enable_lora(model: keras.Layer, rank: int, lora_alpha: float | None = None, 
         skip: keys as in a `DTypePolicyMap` of layers to leave without.
 
     Raises:
+        TypeError: `model` is no model or layer.
         ValueError: the rank is less than 1, a layer has LoRA weights of
             another rank or factor, or no quantized layer can have them; the model is unchanged then.
 
@@ -43,6 +44,7 @@ def enable_lora(model: keras.Layer, rank: int, lora_alpha: float | None = None, 
         >>> [variable.name for variable in model.trainable_variables]
         ['lora_kernel_a', 'lora_kernel_b']
     """
+    convert.require_layer(model)
     if rank < 1:
         raise ValueError(f"Expected rank >= 1. Received: rank={rank}.")
     layers = _bridge.flatten_layers(model)
@@ -83,8 +85,10 @@ def merge_lora(model: keras.Layer) -> None:
         model: a model or layer.
 
     Raises:
+        TypeError: `model` is no model or layer.
         ValueError: no quantized layer in it has LoRA weights.
     """
+    convert.require_layer(model)
     layers = [
         x
         for x in _bridge.flatten_layers(model)

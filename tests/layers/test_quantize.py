@@ -134,8 +134,15 @@ def test_quantizing_twice_and_unbuilt_models_are_refused():
         kp.set_policy(model, "bfloat16")
     with pytest.raises(ValueError, match="not built"):
         kp.quantize(keras.Sequential([layers.Dense(4)]), "nf4_from_float32")
-    with pytest.raises(TypeError, match="Expected a Keras model"):
-        kp.quantize("model", "nf4_from_float32")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: kp.quantize(x, "nf4_from_float32"), kp.dequantize, lambda x: kp.enable_lora(x, 4), kp.merge_lora],
+)
+def test_what_is_no_model_is_refused(function):
+    with pytest.raises(TypeError, match="Expected a Keras model or layer. Received: 'model'"):
+        function("model")
 
 
 def test_a_layer_without_a_site_computes_in_the_source_and_the_report_says_so():
