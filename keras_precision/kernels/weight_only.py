@@ -317,13 +317,12 @@ def _tile_of(ref, rows, columns):
     import jax.numpy as jnp
     from jax.experimental import pallas as pl
 
-    if not (isinstance(rows, pl.Slice) or isinstance(columns, pl.Slice)):
-        return ref[rows[:, None], columns[None, :]]
     if isinstance(rows, pl.Slice) and isinstance(columns, pl.Slice):
         return ref[rows, columns]
-    if isinstance(rows, pl.Slice):
-        return ref[(rows.start + jnp.arange(rows.size))[:, None], columns[None, :]]
-    return ref[rows[:, None], (columns.start + jnp.arange(columns.size))[None, :]]
+    rows, columns = (
+        places.start + jnp.arange(places.size) if isinstance(places, pl.Slice) else places for places in (rows, columns)
+    )
+    return ref[rows[:, None], columns[None, :]]
 
 
 def _scale(refs, block, columns, column_program, layout, tile):
