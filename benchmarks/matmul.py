@@ -8,8 +8,8 @@ calls, put in the device's queue, and the wait for the last one.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
-import json
 import os
 import platform
 import time
@@ -129,11 +129,11 @@ def limits(size, samples):
     return 2 * large.nbytes / copying, 2 * size**3 / multiplying
 
 
-def serve(name: str, k: int, n: int, rows: list[int], count: int, samples: int, size: int) -> None:
-    """Answers with the seconds of a product for each number of rows, the bytes of a weight and the device's limits."""
+def measure(name: str, k: int, n: int, rows: list[int], count: int, samples: int, size: int) -> dict:
+    """Returns the seconds of a product for each number of rows, the bytes of a weight and the device's limits."""
     prepared, nbytes = (torch_call if name in OTHERS else jax_call)(name, k, n, count)
     seconds = [least_seconds(*prepared(m), samples) / count for m in rows]
-    timing.reply({"seconds": seconds, "bytes": nbytes, "limits": limits(size, samples) if name == BASE else None})
+    return {"seconds": seconds, "bytes": nbytes, "limits": limits(size, samples) if name == BASE else None}
 
 
 def main() -> None:
@@ -148,19 +148,20 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        serve(arguments.worker, **json.loads(os.environ["MATMUL_BENCHMARK"]))
+        timing.answer(functools.partial(measure, arguments.worker))
         return
     k, n = map(int, arguments.shape.split(","))
     rows = [int(m) for m in arguments.rows.split(",")]
     question = {"k": k, "n": n, "rows": rows, "count": arguments.layers}
-    os.environ["MATMUL_BENCHMARK"] = json.dumps(question | {"samples": arguments.samples, "size": arguments.size})
+    question |= {"samples": arguments.samples, "size": arguments.size}
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     present = [name for name, module in OTHERS.items() if importlib.util.find_spec(module)]
     names = [BASE, *(arguments.only or [*OURS, *KERAS, *present])]
     answers = {}
     for name in names:
         with timing.Worker(__file__, name, "jax") as worker:
-            answers[name] = worker.read()
+            worker.read()
+            answers[name] = worker.ask(question)
     show(k, n, rows, answers)
 
 

@@ -7,8 +7,8 @@ from keras import ops
 
 from keras_precision.formats import blocks
 from keras_precision.formats.base import Part
+from keras_precision.kernels.weight_only import SCALES_PER_BLOCK
 
-SCALES_PER_BLOCK = 256
 # The arrays that this takes at once fit in a core's second-level cache.
 _BLOCKS_AT_ONCE = 64
 # Points of the even grid on [-1, 1] to which bitsandbytes rounds on a CPU before it takes the nearest code.

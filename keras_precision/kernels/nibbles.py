@@ -64,12 +64,16 @@ def unpacked(packed_pairs, dtype: str, result: str) -> list:
     return [jax.lax.bitcast_convert_type(half, dtype).astype(result) for half in bits]
 
 
-def _words(numbers, dtype):
-    """Returns each number's bits twice over, as PTX writes them."""
+def _bits(numbers, dtype):
+    """Returns the bits of numbers rounded to a 16-bit dtype, uint16."""
     import ml_dtypes  # noqa: F401, which makes NumPy know bfloat16
 
-    bits = np.asarray(numbers, "float32").astype(dtype).view("uint16").astype("uint32")
-    return [f"0x{word:08x}" for word in bits * 0x10001]
+    return np.asarray(numbers, "float32").astype(dtype).view("uint16")
+
+
+def _words(numbers, dtype):
+    """Returns each number's bits twice over, as PTX writes them."""
+    return [f"0x{word:08x}" for word in _bits(numbers, dtype).astype("uint32") * 0x10001]
 
 
 def _whole(least, dtype):
@@ -90,9 +94,7 @@ def _whole(least, dtype):
 
 def _table(values, dtype):
     """Returns code for any 16 values."""
-    import ml_dtypes  # noqa: F401
-
-    bits = np.asarray(values, "float32").astype(dtype).view("uint16")
+    bits = _bits(values, dtype)
     tables = {"H": (bits >> 8).astype("uint8").view("<u4"), "L": (bits & 255).astype("uint8").view("<u4")}
     names = [f"{table}{place}" for table in tables for place in range(4)]
     # 0, which the compiler can't know: it would load constants anew at each use.

@@ -19,7 +19,8 @@ _PROGRAMS = 896
 # More rows take more programs, of which each expands double-quantized scales (64 rows: 80 us, 50 with float32 scales).
 _LARGEST_BATCH_THAT_EXPANDS = 32
 _MOST_PROGRAMS_ON_AN_AXIS = 65535  # CUDA's limit for all axes of a grid but the first
-_SCALES_PER_GROUP = 256  # those of double-quantized scales that share a factor
+SCALES_PER_BLOCK = 256
+"""Double-quantized scales that share a factor, in the order of the transposed matrix."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def can_decode(layout: Layout, tile: Tile) -> bool:
 def _product(x, codes, scales, *, layout, tile, dtype, result, interpret):
     import jax
     import jax.numpy as jnp
+    from jax.experimental import pallas as pl
 
     tile = tile.fitted(layout)
     if layout.largest_scale is not None and tile.batch > _LARGEST_BATCH_THAT_EXPANDS:
@@ -190,8 +192,6 @@ def _product(x, codes, scales, *, layout, tile, dtype, result, interpret):
     constants = _constants(layout)
 
     def kernel(x_ref, codes_ref, *refs):
-        import jax.experimental.pallas as pl
-
         *scale_refs, values_ref, out_ref = refs
         column_program, split, row_program = (pl.program_id(axis) for axis in range(3))
         columns = _places(column_program * tile.columns, tile.columns, n)
@@ -255,14 +255,13 @@ def _product(x, codes, scales, *, layout, tile, dtype, result, interpret):
 
 def _decoded(codes, scales, *, layout, tile, dtype, interpret):
     import jax
+    from jax.experimental import pallas as pl
 
     tile = tile.fitted(layout)
     per_byte = layout.codes_per_byte
     byte_rows, n = codes.shape
 
     def kernel(codes_ref, *refs):
-        import jax.experimental.pallas as pl
-
         *scale_refs, values_ref, out_ref = refs
         column_program, row_program = pl.program_id(0), pl.program_id(1)
         start, columns = row_program * tile.rows, pl.ds(column_program * tile.columns, tile.columns)
@@ -343,7 +342,7 @@ def _expanded(codes, block, column, n_blocks, absmax, offset, table, layout):
     import jax.numpy as jnp
 
     largest, offset = layout.largest_scale, offset[0]
-    product = table[codes.astype("int32")] * absmax[(column * n_blocks + block) // _SCALES_PER_GROUP]
+    product = table[codes.astype("int32")] * absmax[(column * n_blocks + block) // SCALES_PER_BLOCK]
     return jnp.maximum(jnp.minimum(product, largest - offset), -largest - offset) + offset
 
 
