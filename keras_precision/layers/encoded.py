@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +13,11 @@ from keras import ops
 from keras_precision import _bridge_variables, dtypes
 from keras_precision.formats import Codec
 from keras_precision.kernels.compiled import compiled
+from keras_precision.layers.weight_matrix import WeightMatrix
 
 
-class EncodedWeight:
+class EncodedWeight(WeightMatrix):
     """What a layer holds in the place of a float weight: a format's parts, as variables that are not trained.
-
-    The weight counts as a matrix (k, n): the axes that a product contracts,
-    flattened, and then the others.
 
     Args:
         codec: the format.
@@ -29,11 +26,8 @@ class EncodedWeight:
     """
 
     def __init__(self, codec: Codec, shape: Sequence[int], contracted: Sequence[int]):
+        super().__init__(shape, contracted)
         self.codec = codec
-        self.shape = tuple(shape)
-        self.contracted = tuple(contracted)
-        self.kept = tuple(axis for axis in range(len(self.shape)) if axis not in self.contracted)
-        self.matrix_shape = tuple(math.prod(self.shape[axis] for axis in axes) for axes in (self.contracted, self.kept))
         self.variables: dict[str, keras.Variable] = {}
         self.replaced: dict[str, Any] = {}
 
@@ -43,18 +37,7 @@ class EncodedWeight:
         Raises:
             ValueError: it holds inf or NaN.
         """
-        matrix = ops.transpose(weight, self.contracted + self.kept) if self._is_permuted else weight
-        if len(self.shape) != 2:
-            matrix = (
-                np.reshape(matrix, self.matrix_shape)
-                if isinstance(matrix, np.ndarray)
-                else ops.reshape(matrix, self.matrix_shape)
-            )
-        return self.codec.encode(matrix)
-
-    @property
-    def _is_permuted(self):
-        return self.contracted + self.kept != tuple(range(len(self.shape)))
+        return self.codec.encode(self.to_matrix(weight))
 
     def install(self, layer: keras.Layer, variable: keras.Variable, arrays: dict[str, np.ndarray]) -> None:
         """Makes a layer's variables of the parts, laid out over devices as the variable that they stand for."""
@@ -88,10 +71,7 @@ class EncodedWeight:
         return float(sums[0]), float(sums[1])
 
     def _decode(self, tensors, dtype):
-        matrix = self.codec.decode(tensors, self.matrix_shape, dtype)
-        order = self.contracted + self.kept
-        weight = ops.reshape(matrix, tuple(self.shape[axis] for axis in order))
-        return ops.transpose(weight, tuple(np.argsort(order))) if self._is_permuted else weight
+        return self.from_matrix(self.codec.decode(tensors, self.matrix_shape, dtype))
 
     def matmul(self, x, dtype: str):
         """Returns x (..., k) times the matrix: (..., n)."""
