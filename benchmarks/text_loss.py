@@ -1,6 +1,6 @@
 """Validation loss of a character-level transformer under each way of storing its weights, beside stock Keras's.
 
-python benchmarks/text_loss.py --parallel 7               # on a GPU with 16 cores about 2 minutes
+python benchmarks/text_loss.py --parallel 10              # on a GPU with 16 cores about 2 minutes
 """
 
 import argparse
@@ -38,6 +38,9 @@ WAYS = {
     "bfloat16, master weights": Way("bfloat16", rounding="nearest", master_weights=True),
     "bfloat16, nearest": Way("bfloat16", rounding="nearest"),
     "bfloat16, stock Keras": Way("bfloat16", "keras"),
+    "float8": Way("float8_from_mixed_bfloat16"),
+    "float8/row": Way("float8/row_from_mixed_bfloat16"),
+    "float8/delayed": Way("float8/delayed_from_mixed_bfloat16"),
 }
 BASE = "float32"
 WITHIN = 1.01  # of float32's validation loss
@@ -55,7 +58,7 @@ def train(way: Way, steps: int, seed: int, learning_rate: float | None) -> float
 
         set_global_policy = keras_precision.set_global_policy
     keras.utils.set_random_seed(seed)
-    set_global_policy(way.policy)
+    set_global_policy(all_layers(way.policy) if way.policy.startswith("float8") else way.policy)
     model = text_task.build_transformer()
     text = text_task.standard_library()
     optimizer = text_task.make_optimizer(steps, learning_rate)
@@ -63,6 +66,14 @@ def train(way: Way, steps: int, seed: int, learning_rate: float | None) -> float
         optimizer = keras_precision.optimizers.LowPrecision(optimizer, way.rounding, way.master_weights, seed=seed)
     text_task.fit(model, optimizer, text.train, steps, seed)
     return text_task.validation_loss(model, text.validation)
+
+
+def all_layers(name: str):
+    """Returns a float8 policy that small layers follow too."""
+    import keras_precision
+
+    policy = keras_precision.get(name)
+    return type(policy)(**{**policy.get_config(), "min_features": 16})
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+from keras.src.backend.common.variables import AutocastScope
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.common.stateless_scope import in_stateless_scope as in_stateless_scope
 
@@ -63,6 +64,24 @@ def add_part(
     variable._path = f"{of.path}_{name}"
     track(layer, variable)
     return variable
+
+
+def add_overwritten(layer: keras.Layer, of: keras.Variable, name: str, shape: Sequence[int], initializer: str) -> None:
+    """Gives a layer a float32 variable that optimizers overwrite by its gradient, as Keras's float8 layers have them.
+
+    Args:
+        layer: built or being built.
+        of: the weight that it belongs to.
+        name: of the variable and of the layer's attribute.
+        shape: of the variable.
+        initializer: name of one of Keras's.
+    """
+    with _unlocked(layer):
+        variable = layer.add_weight(
+            name=name, shape=shape, initializer=initializer, dtype="float32", autocast=False, overwrite_with_gradient=True
+        )
+        variable._path = f"{of.path.rpartition('/')[0]}/{name}"
+        setattr(layer, name, variable)
 
 
 def layout_along(of, shape, axes):
@@ -169,6 +188,12 @@ def tensor_of(variable: keras.Variable) -> Any:
     """Returns a variable's value as a tensor: on TensorFlow of the replica that asks, where `value` is a tf.Variable."""
     value = variable.value
     return value.read_value() if hasattr(value, "read_value") else value
+
+
+def stored_tensor_of(variable: keras.Variable) -> Any:
+    """Returns what `tensor_of` does, in the dtype that it is stored in, where layers' calls read it in the compute dtype."""
+    with AutocastScope(None):
+        return tensor_of(variable)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ def test_every_benchmark_is_run_here():
         "low_bit_loss",
         "matmul",
         "tune_matmul",
+        "float8_step",
     }
 
 
@@ -100,6 +101,13 @@ def test_train_step_prints_both_sides(backend):
     assert all(float(row[3]) > 0 and float(row[4]) > 0 for row in rows)
     stock, ours = rows[2:]
     assert stock[7] == stock[8] and ours[7] != ours[8]  # stock Keras's loss stays where it is
+
+
+def test_float8_step_prints_each_scaling(backend):
+    lines = printed_by("float8_step", *"--width 32 --hidden 64 --rows 32 --samples 1".split())
+    rows = [cells(line) for line in lines if line.startswith("│")]
+    assert [row[0] for row in rows][:3] == ["Keras mixed_bfloat16", "Keras float8", "ours float8"] and len(rows) == 5
+    assert all(float(row[1]) > 0 and 0.1 < float(row[5]) < 3 for row in rows)
 
 
 def test_text_loss_prints_each_way(backend):

@@ -47,14 +47,15 @@ class Format:
         block_size: elements along the contraction axis that share one scale;
             None where scales are per channel or per tensor, so that no block
             size can be given.
-        has_amax_history: True for formats that train with scales kept from
-            earlier steps, whose policies carry `amax_history_length`.
+        keeps_weights: True for formats that only multiply in fewer bits, so
+            that weights stay as they are and are trained, and whose policies
+            are `QuantizedFloat8DTypePolicy`.
     """
 
     name: str
     bits: int
     block_size: int | None = None
-    has_amax_history: bool = False
+    keeps_weights: bool = False
 
     def with_option(self, text: str) -> "Format":
         """Returns this format as a mode's text after `/` specifies it: here, with that block size.

@@ -1,7 +1,22 @@
 """Functions of tensors compiled by XLA."""
 
+import functools
+
 import keras
 import numpy as np
+
+
+@functools.lru_cache(maxsize=None)
+def jitted(function, names):
+    """Returns a function under `jax.jit`, made once: kernels that are called eagerly would be compiled at each call.
+
+    Args:
+        function: of JAX arrays.
+        names: of its arguments that are static.
+    """
+    import jax
+
+    return jax.jit(function, static_argnames=names)
 
 
 def compiled(function):

@@ -17,10 +17,18 @@ def default() -> Any:
 
 def has_triton() -> bool:
     """Returns whether the default device runs Pallas kernels through Triton: NVIDIA GPUs from Ampere on."""
+    # JAX says that Pallas's Triton backend will go.
+    return _capability() >= 8 and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
+def has_float8() -> bool:
+    """Returns whether the default device multiplies float8 matrices: NVIDIA GPUs from Ada on."""
+    return _capability() >= 8.9
+
+
+def _capability():
+    """Returns the compute capability of an NVIDIA GPU, 0 for other devices."""
     device = default()
-    # ROCm's capabilities are no numbers. And JAX says that Pallas's Triton backend will go.
     capability = getattr(device, "compute_capability", "")
-    is_new = bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8
-    return (
-        device.platform == "gpu" and is_new and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
-    )
+    is_nvidia = device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability)  # ROCm's are no numbers
+    return float(capability) if is_nvidia else 0.0

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keras_precision.kernels import nibbles
+from keras_precision.kernels.compiled import jitted
 
 # Programs that fill an H100, which runs 132 times several at once: 7 for each of its multiprocessors. Measured.
 _PROGRAMS = 896
@@ -95,14 +96,6 @@ class Tile:
         return dataclasses.replace(self, rows=rows, reads=min(self.reads, in_block // rows))
 
 
-@functools.lru_cache(maxsize=None)
-def _compiled(function, names):
-    """Returns a function under jit, whose arguments of these names are static: eager calls would compile each time."""
-    import jax
-
-    return jax.jit(function, static_argnames=names)
-
-
 def product(
     x,
     codes,
@@ -137,7 +130,7 @@ def product(
         Tensor (m, n).
     """
     static = {"layout": layout, "tile": tile, "dtype": dtype, "result": result or dtype, "interpret": interpret}
-    return _compiled(_product, tuple(static))(x, codes, tuple(scales), **static)
+    return jitted(_product, tuple(static))(x, codes, tuple(scales), **static)
 
 
 def decoded(codes, scales: Sequence, layout: Layout, tile: Tile, dtype: str, interpret: bool = False):
@@ -156,7 +149,7 @@ def decoded(codes, scales: Sequence, layout: Layout, tile: Tile, dtype: str, int
         interpret: True to run the kernel on any device, slowly.
     """
     static = {"layout": layout, "tile": tile, "dtype": dtype, "interpret": interpret}
-    return _compiled(_decoded, tuple(static))(codes, tuple(scales), **static)
+    return jitted(_decoded, tuple(static))(codes, tuple(scales), **static)
 
 
 def can_decode(layout: Layout, tile: Tile) -> bool:

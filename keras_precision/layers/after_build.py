@@ -6,6 +6,7 @@ import keras
 
 from keras_precision import _bridge, hardware
 from keras_precision.dtypes import HALF_DTYPES
+from keras_precision.layers import float8
 from keras_precision.layers.float32_inside import ComputesInFloat32, in_float32
 from keras_precision.layers.quantized import quantize_built
 from keras_precision.policies import registry
@@ -39,8 +40,8 @@ def after_build(layer: keras.Layer) -> None:
     """Applies a layer's policy to what stock Keras leaves alone.
 
     Raises:
-        ValueError: the device can't compute in the policy's dtypes, or the
-            policy's format has no implementation; names the layer's path.
+        ValueError: the device can't compute in the policy's dtypes, or not in its format and the policy is strict, or
+            a weight can't be stored as it says; names the layer's path.
     """
     policy = layer.dtype_policy
     is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
@@ -59,6 +60,7 @@ def after_build(layer: keras.Layer) -> None:
     path = _bridge.layer_path(layer)
     hardware.check_dtypes((policy.compute_dtype, policy.variable_dtype, registry.output_dtype(policy)), path)
     quantize_built(layer, policy)
+    float8.follow(layer, policy)
     if _casts_outputs(policy):
         _cast_outputs(layer)
     if policy.compute_dtype in HALF_DTYPES or policy.variable_dtype in HALF_DTYPES:

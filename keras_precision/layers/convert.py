@@ -5,6 +5,7 @@ import warnings
 import keras
 
 from keras_precision import _bridge, _bridge_optimizers, _bridge_variables, hardware
+from keras_precision.layers import float8
 from keras_precision.layers.after_build import after_build
 from keras_precision.layers.quantized import is_quantized
 from keras_precision.policies import registry
@@ -134,6 +135,8 @@ def takes_policy(layer: keras.Layer, policy: keras.DTypePolicy) -> bool:
             "can't change. Call keras_precision.dequantize(layer) first."
         )
     if not isinstance(policy, QuantizedDTypePolicy | DTypePolicyMap):
+        if float8.is_float8(layer):
+            float8.leave(layer)
         return False
     _bridge.attach_policy(layer, policy)
     if layer.built:
@@ -141,14 +144,19 @@ def takes_policy(layer: keras.Layer, policy: keras.DTypePolicy) -> bool:
     return True
 
 
-def refresh(model: keras.Layer) -> None:
-    """Makes a model's symbolic tensors, compiled functions and optimizer follow its layers, whose variables changed."""
+def refresh(model: keras.Layer, keeps_state: bool = False) -> None:
+    """Makes a model's symbolic tensors, compiled functions and optimizer follow its layers, whose variables changed.
+
+    Args:
+        model: whose layers changed.
+        keeps_state: see `compile_again`.
+    """
     _bridge.refresh_symbolic_dtypes(model)
     for layer in _bridge.flatten_layers(model):
         if isinstance(layer, keras.Model):
             layer.train_function = layer.test_function = layer.predict_function = None
     for trainer in _bridge.trainers(model):
-        compile_again(trainer, keeps_state=False)
+        compile_again(trainer, keeps_state)
 
 
 def compile_again(model: keras.Model, keeps_state: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""The calls of layers that multiply by a weight without decoding all of it first."""
+"""The calls of layers that multiply by their `weight_matrix` instead of a float weight."""
 
 import keras
 from keras import ops
@@ -10,11 +10,12 @@ class DenseProduct:
     """Multiplies as `keras.layers.Dense` does."""
 
     stock_class = keras.layers.Dense
+    multiplies = True
 
     def call(self, inputs, training=None):
         """Returns activation(inputs @ kernel + bias)."""
         dtype = resolve(self).compute_dtype
-        outputs = self.encoded_weights["_kernel"].matmul(inputs, dtype)
+        outputs = self.weight_matrix.matmul(inputs, dtype)
         if self.lora_enabled:
             low_rank = ops.matmul(
                 ops.matmul(inputs, ops.cast(self.lora_kernel_a, dtype)), ops.cast(self.lora_kernel_b, dtype)
@@ -27,20 +28,21 @@ class EinsumProduct:
     """Multiplies as `keras.layers.EinsumDense` does, where its equation is a matmul of flattened axes."""
 
     stock_class = keras.layers.EinsumDense
+    multiplies = True
 
     def call(self, inputs, training=None):
         """Returns activation(einsum(equation, inputs, kernel) + bias)."""
-        order = _matmul_order(self.equation, len(inputs.shape))
+        order = matmul_order(self.equation, len(inputs.shape))
         if order is None:
             return super().call(inputs, training=training)
         to_rows, from_columns = order
         dtype = resolve(self).compute_dtype
-        encoded = self.encoded_weights["_kernel"]
+        matrix = self.weight_matrix
         rows = ops.transpose(inputs, to_rows)
-        batch = len(to_rows) - len(encoded.contracted)
+        batch = len(to_rows) - len(matrix.contracted)
         lead = ops.shape(rows)[:batch]
-        outputs = encoded.matmul(ops.reshape(rows, (*lead, encoded.matrix_shape[0])), dtype)
-        outputs = ops.reshape(outputs, (*lead, *(encoded.shape[axis] for axis in encoded.kept)))
+        outputs = matrix.matmul(ops.reshape(rows, (*lead, matrix.matrix_shape[0])), dtype)
+        outputs = ops.reshape(outputs, (*lead, *(matrix.shape[axis] for axis in matrix.kept)))
         outputs = ops.transpose(outputs, from_columns)
         if self.lora_enabled:
             kernel = ops.matmul(self.lora_kernel_a, self.lora_kernel_b) * (self.lora_alpha / self.lora_rank)
@@ -48,7 +50,7 @@ class EinsumProduct:
         return _biased_and_activated(self, outputs)
 
 
-def _matmul_order(equation, rank):
+def matmul_order(equation, rank):
     """Returns how to permute inputs before, and outputs after, a matmul that an equation is; None if it is none.
 
     The inputs' contracted axes come last, in the kernel's order; the outputs
@@ -81,6 +83,7 @@ class EmbeddingProduct:
     """Looks up as `keras.layers.Embedding` and `ReversibleEmbedding` do, decoding only the rows that are asked for."""
 
     stock_class = keras.layers.Embedding
+    multiplies = False
 
     def call(self, inputs, *args, **kwargs):
         """Returns the rows of the table; with ReversibleEmbedding's `reverse`, what its class returns."""
@@ -89,7 +92,7 @@ class EmbeddingProduct:
             return super().call(inputs, *args, **kwargs)
         inputs = inputs if keras.backend.is_int_dtype(inputs.dtype) else ops.cast(inputs, "int32")
         dtype = resolve(self).compute_dtype
-        outputs = self.encoded_weights["_embeddings"].gather(inputs, dtype)
+        outputs = self.weight_matrix.gather(inputs, dtype)
         if self.lora_enabled:
             low_rank = ops.matmul(ops.take(self.lora_embeddings_a, inputs, axis=0), self.lora_embeddings_b)
             outputs = outputs + ops.cast(low_rank * (self.lora_alpha / self.lora_rank), dtype)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from keras_precision import _bridge, _bridge_variables, dtypes
 from keras_precision.formats import Codec
-from keras_precision.layers import convert
+from keras_precision.layers import convert, float8
 from keras_precision.layers.quantized import (
     commit,
     has_sites,
@@ -99,7 +99,9 @@ def quantize(model: keras.Layer, policy, skip: Iterable = (), verbose: int = 1) 
     All is encoded before anything is replaced, so that a failure leaves the
     model as it was. Layers without a weight that can be quantized compute in
     the policy's source. A compiled model is compiled again, with a new
-    optimizer: quantized weights are not trained.
+    optimizer: quantized weights are not trained. A
+    `QuantizedFloat8DTypePolicy` leaves weights as they are and makes layers
+    train with 8-bit products, so that the optimizer keeps its state.
 
     Args:
         model: a built model or layer.
@@ -129,10 +131,14 @@ def quantize(model: keras.Layer, policy, skip: Iterable = (), verbose: int = 1) 
     kept = set(layers_matching(layers, skip, "skip"))
     chosen = [(layer, policy_map.resolve(layer)) for layer in layers if layer not in kept]
     quantized = [(layer, p) for layer, p in chosen if _codec(p) is not None and has_sites(layer)]
-    if not quantized:
+    obstacles = {
+        id(layer): float8.obstacle(layer, p) for layer, p in chosen if float8.is_asked(p) and float8.sites_of(layer)
+    }
+    if not quantized and all(obstacles.values()):
         raise ValueError(
             f"Expected a policy that quantizes at least one layer with a weight to quantize. Received: {policy!r}, by "
             "which none is. `DTypePolicyMap.explain(model)` shows which rule decides for each layer."
+            + "".join(f" {found[0].upper()}{found[1:]}." for found in list(obstacles.values())[:1])
         )
     before = {id(layer): dtypes.measured_bytes(_bridge.own_variables(layer)) for layer in layers}
     prepared, errors = {}, {}
@@ -143,17 +149,22 @@ def quantize(model: keras.Layer, policy, skip: Iterable = (), verbose: int = 1) 
             errors[id(layer)] = _error_of(prepared[id(layer)])
             progress.advance(task)
     for layer, p in chosen:
+        obstacle = obstacles.get(id(layer))
+        if obstacle:
+            p = p.source_policy
+        elif obstacle is not None:
+            errors[id(layer)] = float8.rounding_error(layer)
         if id(layer) in prepared:
             commit(prepared.pop(id(layer)))
         inside = len(_bridge.flatten_layers(layer)) > 1
         convert.change_policy(layer, p, attach=policy_map if inside and isinstance(policy, DTypePolicyMap) else p)
         if is_quantized(layer):
             keep_lora_in_policy(layer)
-    convert.refresh(model)
+    convert.refresh(model, keeps_state=not quantized)
     if isinstance(policy, DTypePolicyMap):
         convert.report_unmatched(policy)
     rows = [
-        _row(layer, before[id(layer)], errors.get(id(layer)), layer in kept)
+        _row(layer, before[id(layer)], errors.get(id(layer)), "skipped" if layer in kept else obstacles.get(id(layer)))
         for layer in layers
         if before[id(layer)]
     ]
@@ -182,7 +193,8 @@ def dequantize(model: keras.Layer) -> None:
     """
     convert.require_layer(model)
     layers = _bridge.flatten_layers(model)
-    if not any(is_quantized(layer) for layer in layers):
+    stored = [layer for layer in layers if is_quantized(layer)]
+    if not stored and not any(float8.is_float8(layer) for layer in layers):
         raise ValueError("Expected a model with quantized layers. Received one without. Call quantize first.")
     for layer in layers:
         if is_quantized(layer):
@@ -190,7 +202,7 @@ def dequantize(model: keras.Layer) -> None:
         own = attached(layer)
         if isinstance(own, QuantizedDTypePolicy):
             convert.change_policy(layer, own.source_policy)
-    convert.refresh(model)
+    convert.refresh(model, keeps_state=not stored)
 
 
 def _as_map(policy):
@@ -218,7 +230,7 @@ def _require_convertible(layers):
             raise ValueError(
                 f"Layer '{path}' is not built, so it has no weights to quantize. Call the model on data first."
             )
-        if is_quantized(layer) or _bridge.is_quantized(layer):
+        if is_quantized(layer) or float8.is_float8(layer) or _bridge.is_quantized(layer):
             raise ValueError(
                 f"Layer '{path}' is quantized already ('{layer.dtype_policy.name}'). Call dequantize(model) first; that "
                 "gives the weights it computes with, not those of before."
@@ -235,18 +247,22 @@ def _error_of(prepared):
     return (change / norm) ** 0.5 if norm else 0.0
 
 
-def _row(layer, bytes_before, error, is_skipped):
+def _row(layer, bytes_before, error, obstacle):
     own = _bridge.own_variables(layer)
     parameters, nbytes = sum(math.prod(v.shape) for v in own), dtypes.measured_bytes(_bridge.own_variables(layer))
     note = ""
-    if is_quantized(layer):
+    if float8.is_float8(layer):
+        weight = layer.weight_matrix.variable
+        parameters, stored = math.prod(weight.shape), dtypes.measured_bytes([weight])
+    elif is_quantized(layer):
         encoded = layer.encoded_weights.values()
         parameters, stored = sum(math.prod(e.shape) for e in encoded), sum(e.nbytes for e in encoded)
     else:
         stored = nbytes
         if any(len(v.shape) > 1 for v in own):
-            note = "skipped" if is_skipped else "no site" if isinstance(attached(layer), QuantizedDTypePolicy) else ""
-    mode = layer.dtype_policy.name.partition("_from_")[0] if is_quantized(layer) else ""
+            note = obstacle or ("no site" if isinstance(attached(layer), QuantizedDTypePolicy) else "")
+    is_changed = is_quantized(layer) or float8.is_float8(layer)
+    mode = layer.dtype_policy.name.partition("_from_")[0] if is_changed else ""
     return QuantizedLayer(
         _bridge.layer_path(layer), mode, bytes_before, nbytes, parameters, stored * 8 / parameters, error, note
     )

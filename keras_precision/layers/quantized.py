@@ -36,6 +36,11 @@ class QuantizedWeights:
         """Returns a layer of the class that this one was before its weights were quantized."""
         return _bridge.original_class(cls).from_config(config)
 
+    @property
+    def weight_matrix(self):
+        """The weight that a product multiplies by."""
+        return next(iter(self.encoded_weights.values()))
+
     def enable_lora(self, rank, *args, **kwargs):
         """Adds trainable low-rank matrices as the layer's class does, and freezes all else (QLoRA, section 3).
 
@@ -54,7 +59,7 @@ class QuantizedWeights:
 
     def freeze_base(self):
         """Makes all variables but the low-rank matrices untrainable."""
-        matrices = {id(variable) for variable in _lora_variables(self).values()}
+        matrices = {id(variable) for variable in lora_variables(self).values()}
         for variable in _bridge.own_variables(self):
             if id(variable) not in matrices:
                 variable.trainable = False
@@ -70,7 +75,7 @@ class QuantizedWeights:
                 f"Layer '{_bridge.layer_path(self)}' has no LoRA weights to merge. Call enable_lora first."
             )
         (attribute, encoded), *_ = self.encoded_weights.items()
-        matrices = _lora_variables(self)
+        matrices = lora_variables(self)
         first, second = (matrices[name] for name in sorted(matrices))  # ..._a, ..._b
         change = ops.matmul(first, second) * (self.lora_alpha / self.lora_rank)
         merged = encoded.encode(encoded.decode("float32") + ops.cast(change, "float32"))
@@ -218,7 +223,7 @@ class Prepared(NamedTuple):
     product: type | None
 
 
-def _lora_variables(layer):
+def lora_variables(layer):
     """Returns attribute -> low-rank matrix."""
     return {name: v for name, v in vars(layer).items() if name.startswith("lora_") and isinstance(v, keras.Variable)}
 
@@ -230,10 +235,11 @@ def is_quantized(layer: keras.Layer) -> bool:
 
 def has_sites(layer: keras.Layer) -> bool:
     """Returns whether a layer has float weights now that can be stored quantized."""
-    return bool(_present(layer, sites_of_class(_bridge.original_class(type(layer)))))
+    return bool(present(layer, sites_of_class(_bridge.original_class(type(layer)))))
 
 
-def _present(layer, sites: LayerSites | None):
+def present(layer, sites: LayerSites | None):
+    """Returns the sites of a layer whose weights it has, as floats."""
     found = sites.sites if sites else ()
     return [site for site in found if isinstance(vars(layer).get(site.attribute), keras.Variable)]
 
@@ -247,7 +253,7 @@ def prepare(layer: keras.Layer, codec: Codec) -> Prepared | None:
     cls = _bridge.original_class(type(layer))
     sites = sites_of_class(cls)
     weights = {}
-    for site in _present(layer, sites):
+    for site in present(layer, sites):
         variable = vars(layer)[site.attribute]
         encoded = EncodedWeight(codec, variable.shape, site.axes(layer))
         try:
@@ -257,11 +263,11 @@ def prepare(layer: keras.Layer, codec: Codec) -> Prepared | None:
         weights[site.attribute] = encoded, arrays
     if not weights:
         return None
-    product = sites.product if sites.product and _calls_stock(cls, sites.product.stock_class) else None
+    product = sites.product if sites.product and calls_stock(cls, sites.product.stock_class) else None
     return Prepared(layer, weights, product)
 
 
-def _calls_stock(cls, stock_class):
+def calls_stock(cls, stock_class):
     """Returns whether a class calls as Keras's does: its own `call` must not be passed over."""
     return next(c for c in cls.__mro__ if "call" in vars(c)).__module__ == stock_class.__module__ or (
         issubclass(cls, keras.layers.ReversibleEmbedding) and cls.call is keras.layers.ReversibleEmbedding.call
@@ -271,7 +277,7 @@ def _calls_stock(cls, stock_class):
 def commit(prepared: Prepared) -> None:
     """Replaces a layer's float weights by what was prepared; from here on its class reads them decoded."""
     layer = prepared.layer
-    lora = {id(variable) for variable in _lora_variables(layer).values()}
+    lora = {id(variable) for variable in lora_variables(layer).values()}
     attribute_of = {id(vars(layer)[attribute]): attribute for attribute in prepared.weights}
     order = [attribute_of.get(id(v), v.name) for v in _bridge.own_variables(layer) if id(v) not in lora]
     encoded_weights: dict[str, EncodedWeight] = {}
@@ -290,17 +296,9 @@ def quantize_built(layer: keras.Layer, policy: keras.DTypePolicy) -> None:
     """Stores the weights of a layer that has just built as its policy says; does nothing if they are already.
 
     Raises:
-        ValueError: the policy's format has no codec, or a weight holds inf or NaN.
+        ValueError: a weight holds inf or NaN.
     """
-    if not isinstance(policy, QuantizedDTypePolicy) or is_quantized(layer):
-        return
-    if not isinstance(policy.format, Codec):
-        if has_sites(layer):
-            raise ValueError(
-                f"Layer '{_bridge.layer_path(layer)}' has weights to store as '{policy.quantization_mode}', and this release "
-                f"of keras_precision names that format but does not implement it yet. Received: {policy!r}. Pass the source "
-                f"policy '{policy.source_policy.name}', or Keras's own policy by `keras.dtype_policies.get(...)`."
-            )
+    if not isinstance(policy, QuantizedDTypePolicy) or not isinstance(policy.format, Codec) or is_quantized(layer):
         return
     prepared = prepare(layer, policy.format)
     if prepared is None:

@@ -5,7 +5,11 @@ import difflib
 import keras
 
 from keras_precision.formats import FORMATS, Format
+from keras_precision.kernels.measured import FEATURES_OF_FLOAT8
 from keras_precision.policies.policy import DTypePolicy, default_name, parse_or_suggest
+
+MULTIPLE_OF_FEATURES = 16
+"""What float8 matrix units ask of a product's sizes: 16 bytes."""
 
 
 @keras.saving.register_keras_serializable(package="keras_precision")
@@ -117,47 +121,93 @@ class QuantizedDTypePolicy(DTypePolicy, keras.dtype_policies.QuantizedDTypePolic
 
 @keras.saving.register_keras_serializable(package="keras_precision")
 class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy, keras.dtype_policies.QuantizedFloat8DTypePolicy):
-    """A quantized policy of a format that trains, scaled from a history of absolute maxima.
+    """A policy whose layers train with 8-bit floating point products (Micikevicius et al. 2022).
+
+    Dense and EinsumDense layers, those of attention included, round inputs
+    and weights to e4m3, and gradients to e5m2, for all three products of a
+    training step. Weights are stored as the source says.
 
     Args:
-        mode: str, name of a format with `has_amax_history`.
+        mode: str, "float8" for one scale a tensor, from its own greatest
+            magnitude; "float8/row" for one for each row that is contracted;
+            "float8/delayed" for one a tensor from the greatest magnitudes of
+            earlier steps, with the variables that Keras's float8 layers have,
+            so that their checkpoints load; a layer may be called once a step
+            then, as in Keras: the new scales of its calls are added up.
         source_name: str, name of the float policy; None takes the global one's.
-        amax_history_length: int > 0, steps that delayed scaling looks back.
+        amax_history_length: int > 0, steps that "float8/delayed" looks back;
+            None for 1024 there. Other modes take none.
+        min_features: int >= 16; layers whose weight is, as a matrix, smaller
+            than that on either side, or no multiple of 16, compute as the
+            source says. Smaller ones than the default are no faster in float8.
+        strict: bool, True to raise where the device has no float8 products,
+            which are emulated there, with the same results and no speed.
 
     Raises:
-        TypeError: `amax_history_length` is not an integer.
-        ValueError: it is not positive, or the format keeps no history.
+        TypeError: an argument of another type.
+        ValueError: one that is not in its range, or a mode that stores
+            weights or keeps no history.
 
     Example:
-        >>> QuantizedFloat8DTypePolicy("float8", "mixed_bfloat16").amax_history_length
+        >>> QuantizedFloat8DTypePolicy("float8/delayed", "mixed_bfloat16").amax_history_length
         1024
     """
 
-    def __init__(self, mode: str, source_name: str | None = None, amax_history_length: int = 1024):
-        if isinstance(amax_history_length, bool) or not isinstance(amax_history_length, int):
-            raise TypeError(
-                "`amax_history_length` must be an integer. "
-                f"Received: amax_history_length={amax_history_length!r}. Pass 1024."
-            )
-        if amax_history_length < 1:
-            raise ValueError(
-                f"Expected amax_history_length > 0. Received: amax_history_length={amax_history_length}. Pass 1024."
-            )
+    def __init__(
+        self,
+        mode: str,
+        source_name: str | None = None,
+        amax_history_length: int | None = None,
+        min_features: int = FEATURES_OF_FLOAT8,
+        strict: bool = False,
+    ):
+        _require_integer("amax_history_length", 1024 if amax_history_length is None else amax_history_length, 1)
+        _require_integer("min_features", min_features, MULTIPLE_OF_FEATURES)
+        options = {"_min_features": min_features, "_strict": bool(strict)}
         lora = {"_lora_rank": None, "_lora_alpha": None}
-        self._set_quantized_state(mode, source_name, _amax_history_length=amax_history_length, **lora)
-        if not FORMATS[self._quantization_mode].has_amax_history:
-            with_history = [name for name, entry in FORMATS.items() if entry.has_amax_history]
+        self._set_quantized_state(mode, source_name, _amax_history_length=amax_history_length, **options, **lora)
+        if not self.format.keeps_weights:
+            keeping = [name for name, entry in FORMATS.items() if entry.keeps_weights]
             raise ValueError(
-                f"Invalid quantization mode. Expected a format with amax history, one of {with_history}. "
+                f"Invalid quantization mode. Expected a format that keeps weights, one of {keeping}. "
                 f"Received: mode={mode}. Use QuantizedDTypePolicy."
             )
+        if amax_history_length is not None and not self.format.has_amax_history:
+            raise ValueError(
+                f"Mode '{mode}' takes its scales from the tensors themselves and keeps no history. "
+                f"Received: amax_history_length={amax_history_length}. Pass '{self.quantization_mode}/delayed'."
+            )
+
+    @property
+    def amax_history_length(self) -> int | None:
+        """Steps that delayed scaling looks back; None for other scalings."""
+        return (self._amax_history_length or 1024) if self.format.has_amax_history else None
+
+    @property
+    def min_features(self) -> int:
+        """Least number of rows and of columns of a weight that is multiplied in 8 bits."""
+        return self._min_features
+
+    @property
+    def strict(self) -> bool:
+        """Whether devices without float8 products are refused."""
+        return self._strict
 
     def _value(self):
-        return (self._name, self._amax_history_length)
+        return (self._name, self.amax_history_length, self._min_features, self._strict)
 
     def get_config(self) -> dict:
         """Returns the constructor's arguments."""
-        return {**super().get_config(), "amax_history_length": self._amax_history_length}
+        history = {"amax_history_length": self.amax_history_length} if self.format.has_amax_history else {}
+        options = {"min_features": self._min_features, "strict": self._strict}
+        return {"mode": self._mode, "source_name": self._source_name, **history, **options}
+
+
+def _require_integer(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer. Received: {name}={value!r}. Pass {max(least, 1024)}.")
+    if value < least:
+        raise ValueError(f"Expected {name} >= {least}. Received: {name}={value}. Pass {max(least, 1024)}.")
 
 
 def quantized_policy(mode: str, source_name: str | None = None) -> QuantizedDTypePolicy:
@@ -167,7 +217,7 @@ def quantized_policy(mode: str, source_name: str | None = None) -> QuantizedDTyp
         mode: str, `"<format>"` or `"<format>/<option>"`.
         source_name: str, name of the float policy; None takes the global one's.
     """
-    policy_class = QuantizedFloat8DTypePolicy if _parse_mode(mode).has_amax_history else QuantizedDTypePolicy
+    policy_class = QuantizedFloat8DTypePolicy if _parse_mode(mode).keeps_weights else QuantizedDTypePolicy
     return policy_class(mode, source_name)
 
 

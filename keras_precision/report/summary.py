@@ -14,6 +14,7 @@ from rich.text import Text
 from keras_precision import _bridge, policies
 from keras_precision.dtypes import measured_bytes
 from keras_precision.policies.registry import output_dtype
+from keras_precision.layers.float8 import is_float8
 from keras_precision.rich_text import RichText
 
 
@@ -25,7 +26,7 @@ class LayerSummary:
         path: where the layer is in the model.
         class_name: of the layer.
         policy: the name of the policy the layer resolved to.
-        compute_dtype: of the layer's arithmetic.
+        compute_dtype: of the layer's arithmetic; the format's name where products have fewer bits than the rest.
         variable_dtype: of its float variables, as the policy says.
         output_dtype: of what it returns.
         parameters: elements in its own variables; None until the layer is built.
@@ -140,7 +141,7 @@ def _summarize(layer: keras.Layer, variables: list[keras.Variable]) -> LayerSumm
         path=_bridge.layer_path(layer),
         class_name=type(layer).__name__,
         policy=policy.name,
-        compute_dtype=policy.compute_dtype,
+        compute_dtype=policy.quantization_mode if is_float8(layer) else policy.compute_dtype,
         variable_dtype=policy.variable_dtype,
         output_dtype=output_dtype(policy),
         parameters=sum(math.prod(v.shape) for v in variables) if known else None,

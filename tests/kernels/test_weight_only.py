@@ -10,6 +10,7 @@ from keras import ops
 import keras_precision
 from keras_precision.formats import FORMATS, double_quant
 from keras_precision.kernels import device, dispatch, measured, reference, weight_only
+from keras_precision.kernels.compiled import jitted
 from keras_precision.kernels.weight_only import Tile
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
@@ -93,12 +94,12 @@ def test_blocks_of_any_size(block_size, ahead):
 
 def test_sums_of_several_programs_are_added(monkeypatch):
     monkeypatch.setattr(weight_only, "_PROGRAMS", 7)
-    weight_only._compiled.cache_clear()
+    jitted.cache_clear()
     codec, parts, weight = stored("nf4", 640, 16)
     x = activations(1, 640, "float32")
     arrays = parts["codes"], scales_of(parts), codec.layout((640, 16))
     assert_product(weight_only.product(x, *arrays, BY_NUMBER, "float32", interpret=True), x, weight, "float32")
-    weight_only._compiled.cache_clear()
+    jitted.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

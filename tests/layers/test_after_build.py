@@ -165,12 +165,6 @@ def test_float64_without_x64_raises_and_names_layer_and_remedy(backend):
             kp.policy_scope(name)
 
 
-def test_a_format_without_a_codec_is_refused_with_the_layers_path():
-    layer = keras.layers.Dense(3, dtype=kp.get("float8_from_mixed_bfloat16"), name="head")
-    with pytest.raises(ValueError, match="'head'.*'float8'.*Pass the source policy 'mixed_bfloat16'"):
-        layer.build((None, 4))
-
-
 def test_layers_without_a_quantizable_weight_compute_in_the_source_policy():
     with kp.policy_scope("nf4_from_mixed_bfloat16"):
         model = keras.Sequential([keras.Input((4,)), keras.layers.Activation("relu"), keras.layers.LayerNormalization()])

@@ -14,7 +14,7 @@ from keras_precision.formats import BLOCK_SIZES, FORMATS
 from keras_precision.policies.names import ALIASES, DTypes
 from keras_precision.policies.quantized import quantized_policy
 
-# Spelled out by hand from the design: bits, default block size, whether the policy keeps an amax history.
+# Spelled out by hand from the design: bits, default block size, whether weights stay floats.
 EXPECTED_FORMATS = {
     "int8": (8, None, False),
     "int8-weight-only": (8, None, False),
@@ -31,18 +31,20 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 BLOCKED = [name for name, (_, block_size, _) in EXPECTED_FORMATS.items() if block_size]
 UNBLOCKED = [name for name in EXPECTED_FORMATS if name not in BLOCKED]
 THRESHOLDS = ("llm-int8",)
+SCALINGS = ("tensor", "row", "delayed")
 
 modes = (
     st.sampled_from(UNBLOCKED)
     | st.sampled_from(BLOCKED)
     | st.builds("{}/{}".format, st.sampled_from(BLOCKED), st.sampled_from(BLOCK_SIZES))
     | st.builds("{}/{:g}".format, st.sampled_from(THRESHOLDS), st.floats(0.01, 100))
+    | st.builds("float8/{}".format, st.sampled_from(SCALINGS))
 )
 sources = st.builds(lambda *dtypes: DTypes(*dtypes).name, *[st.sampled_from(FLOATS)] * 3)
 
 
 def test_formats_are_those_of_the_design():
-    found = {name: (entry.bits, entry.block_size, entry.has_amax_history) for name, entry in FORMATS.items()}
+    found = {name: (entry.bits, entry.block_size, entry.keeps_weights) for name, entry in FORMATS.items()}
     assert found == EXPECTED_FORMATS
 
 
@@ -80,8 +82,8 @@ def test_classes_are_subclasses_of_keras_classes_of_the_same_names():
 
 @pytest.mark.parametrize("fmt", EXPECTED_FORMATS)
 def test_each_format_gets_its_class(fmt):
-    has_history = EXPECTED_FORMATS[fmt][2]
-    expected = QuantizedFloat8DTypePolicy if has_history else QuantizedDTypePolicy
+    keeps_weights = EXPECTED_FORMATS[fmt][2]
+    expected = QuantizedFloat8DTypePolicy if keeps_weights else QuantizedDTypePolicy
     assert type(quantized_policy(fmt, "float32")) is expected
 
 
@@ -111,13 +113,35 @@ def test_equality_and_hash_are_those_of_mode_and_source(first, second):
 
 
 def test_amax_history_length_is_part_of_the_value():
-    short, long = (QuantizedFloat8DTypePolicy("float8", "float32", length) for length in (16, 1024))
+    short, long = (QuantizedFloat8DTypePolicy("float8/delayed", "float32", length) for length in (16, 1024))
     assert short != long and long != short
-    assert long == QuantizedFloat8DTypePolicy("float8", "float32")
+    assert long == QuantizedFloat8DTypePolicy("float8/delayed", "float32")
     assert short.amax_history_length == 16
     again = keras_precision.deserialize(keras_precision.serialize(short))
     assert again == short and again.amax_history_length == 16
-    assert short.get_config() == {"mode": "float8", "source_name": "float32", "amax_history_length": 16}
+    config = {"mode": "float8/delayed", "source_name": "float32", "amax_history_length": 16}
+    assert short.get_config() == config | {"min_features": 2048, "strict": False}
+
+
+def test_float8_options_are_part_of_the_value():
+    plain = QuantizedFloat8DTypePolicy("float8", "float32")
+    for options in ({"min_features": 16}, {"strict": True}):
+        policy = QuantizedFloat8DTypePolicy("float8", "float32", **options)
+        assert policy != plain and plain != policy
+        assert keras_precision.deserialize(keras_precision.serialize(policy)) == policy
+    assert plain.amax_history_length is None and plain.min_features == 2048 and not plain.strict
+
+
+@pytest.mark.parametrize("mode", ["float8", "float8/row", "float8/tensor"])
+def test_a_history_without_delayed_scaling(mode):
+    with pytest.raises(ValueError, match=f"'{mode}' .*keeps no history.*=16. Pass 'float8/delayed'"):
+        QuantizedFloat8DTypePolicy(mode, "float32", amax_history_length=16)
+
+
+@pytest.mark.parametrize("text", ["", "x", "Row", "64"])
+def test_unknown_scalings(text):
+    with pytest.raises(ValueError, match="Expected 'float8/<scaling>' with a scaling of .'tensor', 'row', 'delayed'."):
+        QuantizedDTypePolicy(f"float8/{text}", "float32")
 
 
 def test_keras_policy_of_the_same_name_is_unequal():
@@ -131,7 +155,7 @@ def test_keras_policy_of_the_same_name_is_unequal():
 
 
 @pytest.mark.parametrize(
-    "policy", [QuantizedDTypePolicy("nf4/128", "bf16"), QuantizedFloat8DTypePolicy("float8", "bf16", 8)], ids=repr
+    "policy", [QuantizedDTypePolicy("nf4/128", "bf16"), QuantizedFloat8DTypePolicy("float8/delayed", "bf16", 8)], ids=repr
 )
 @pytest.mark.parametrize(
     "duplicate", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["copy", "deepcopy", "pickle"]
@@ -172,7 +196,7 @@ def test_wrong_thresholds(text):
         QuantizedDTypePolicy(f"llm-int8/{text}", "float32")
 
 
-@pytest.mark.parametrize("fmt", sorted({*UNBLOCKED} - {*THRESHOLDS}))
+@pytest.mark.parametrize("fmt", sorted({*UNBLOCKED} - {*THRESHOLDS, "float8"}))
 def test_formats_without_blocks_refuse_a_block_size(fmt):
     with pytest.raises(ValueError, match=f"'{fmt}' takes no block size. Received: '{fmt}/64'. Pass '{fmt}'"):
         quantized_policy(f"{fmt}/64", "float32")
@@ -212,22 +236,25 @@ def test_unknown_source(source):
         QuantizedDTypePolicy("nf4", source)
 
 
-@pytest.mark.parametrize("wrong", [True, 1.0, "16", None])
-def test_amax_history_length_of_another_type(wrong):
-    with pytest.raises(TypeError, match="must be an integer. Received: amax_history_length="):
-        QuantizedFloat8DTypePolicy("float8", "float32", wrong)
+@pytest.mark.parametrize("wrong", [True, 1.0, "16"])
+@pytest.mark.parametrize("name", ["amax_history_length", "min_features"])
+def test_float8_options_of_another_type(name, wrong):
+    with pytest.raises(TypeError, match=f"`{name}` must be an integer. Received: {name}="):
+        QuantizedFloat8DTypePolicy("float8/delayed", "float32", **{name: wrong})
 
 
-@pytest.mark.parametrize("wrong", [0, -1])
-def test_amax_history_length_that_is_not_positive(wrong):
-    with pytest.raises(ValueError, match=f"Expected amax_history_length > 0. Received: amax_history_length={wrong}"):
-        QuantizedFloat8DTypePolicy("float8", "float32", wrong)
+@pytest.mark.parametrize(
+    "name, wrong, least", [("amax_history_length", 0, 1), ("amax_history_length", -1, 1), ("min_features", 15, 16)]
+)
+def test_float8_options_that_are_too_small(name, wrong, least):
+    with pytest.raises(ValueError, match=f"Expected {name} >= {least}. Received: {name}={wrong}. Pass 1024"):
+        QuantizedFloat8DTypePolicy("float8/delayed", "float32", **{name: wrong})
 
 
-@pytest.mark.parametrize("fmt", [name for name, (*_, has_history) in EXPECTED_FORMATS.items() if not has_history])
-def test_format_without_amax_history(fmt):
+@pytest.mark.parametrize("fmt", [name for name, (*_, keeps_weights) in EXPECTED_FORMATS.items() if not keeps_weights])
+def test_format_that_stores_weights(fmt):
     with pytest.raises(
-        ValueError, match=rf"Expected a format with amax history, one of \['float8'\].*Received: mode={fmt}"
+        ValueError, match=rf"Expected a format that keeps weights, one of \['float8'\].*Received: mode={fmt}"
     ):
         QuantizedFloat8DTypePolicy(fmt, "float32")
 
