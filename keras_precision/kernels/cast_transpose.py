@@ -13,7 +13,8 @@ _MOST_PROGRAMS_ON_AN_AXIS = 65535  # CUDA's limit for all axes of a grid but the
 def can_run(shape: tuple[int, int]) -> bool:
     """Returns whether a matrix is made of whole tiles, and not of too many."""
     rows, columns = shape
-    return not (rows % TILE[0] or columns % TILE[1]) and columns // TILE[1] <= _MOST_PROGRAMS_ON_AN_AXIS
+    is_whole = rows > 0 and not (rows % TILE[0] or columns % TILE[1])
+    return is_whole and columns // TILE[1] <= _MOST_PROGRAMS_ON_AN_AXIS
 
 
 def cast_transpose(x, scale, dtype: str, largest: float, interpret: bool = False):

@@ -92,16 +92,21 @@ def multiply(a: Operand, b: Operand, dtype: str, is_forward: bool):
 EMULATION = Steps(round_both, multiply)
 
 
+def _greatest(x, axis=None):
+    """Returns the greatest magnitude, 0 of an empty batch."""
+    return ops.max(ops.abs(x), axis=axis, keepdims=axis is not None, initial=0)
+
+
 def _by_tensor(x, dtype, steps, state):
     """One scale, from x itself (current scaling)."""
-    scale = scale_for(ops.max(ops.abs(x)), dtype)
+    scale = scale_for(_greatest(x), dtype)
     codes, transposed = steps.round_both(x, scale, dtype)
     return Operand(codes, scale), Operand(transposed, scale), ()
 
 
 def _by_row(x, dtype, steps, state):
     """One scale for each row of each operand, from x itself: what is transposed has other rows, hence other codes."""
-    row_scale, column_scale = (scale_for(ops.max(ops.abs(x), axis=axis, keepdims=True), dtype) for axis in (1, 0))
+    row_scale, column_scale = (scale_for(_greatest(x, axis), dtype) for axis in (1, 0))
     transposed = ops.transpose(rounded(x, column_scale, dtype))
     return Operand(rounded(x, row_scale, dtype), row_scale), Operand(transposed, ops.transpose(column_scale)), ()
 
@@ -110,7 +115,7 @@ def _delayed(x, dtype, steps, state):
     """One scale, known before x: made of the greatest magnitudes of earlier steps."""
     scale, history = state
     codes, transposed = steps.round_both(x, scale, dtype)
-    greatest = ops.cast(ops.max(ops.abs(x)), "float32")
+    greatest = ops.cast(_greatest(x), "float32")
     # What Keras does, but an inf in the history, of a step that was skipped, doesn't stop the scale from following.
     seen = ops.max(ops.where(ops.isfinite(history), history, 0.0))
     next_scale = ops.where(seen > 0, ops.maximum(seen / dtypes.info(dtype).max, SMALLEST_SCALE), scale)

@@ -132,6 +132,12 @@ def test_what_is_not_finite_shows(scaling, value):
             assert np.isfinite(numbers(result)).all() == (place not in inputs)
 
 
+@pytest.mark.parametrize("scaling", EXPECTED)
+def test_an_empty_batch(scaling):
+    y, dx, dw = products(lambda x, w: float8.matmul(x, w, "float32", scaling), X[:0], W, G[:0])
+    assert tuple(y.shape) == (0, 64) and tuple(dx.shape) == (0, 48) and not numbers(dw).any()
+
+
 def test_zeros_stay_zeros():
     for result in products(lambda x, w: float8.matmul(x, w, "float32"), X * 0, W, G * 0):
         assert not numbers(result).any()
@@ -210,7 +216,8 @@ def test_the_kernel_gives_the_codes_and_their_transpose(name, dtype):
 def test_matrices_that_the_kernel_takes():
     rows, columns = cast_transpose.TILE
     assert cast_transpose.can_run((rows * 3, columns))
-    assert not cast_transpose.can_run((rows * 3 + 1, columns)) and not cast_transpose.can_run((rows, columns // 2))
+    assert not cast_transpose.can_run((0, columns)) and not cast_transpose.can_run((rows * 3 + 1, columns))
+    assert not cast_transpose.can_run((rows, columns // 2))
     assert not cast_transpose.can_run((rows, columns * 2**16))
 
 
