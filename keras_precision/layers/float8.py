@@ -66,6 +66,11 @@ class MultipliesInFloat8:
 
     weight_matrix: Float8Weight
 
+    @classmethod
+    def from_config(cls, config):
+        """Returns a layer of the class that this one was before; it multiplies as its policy says once it has built."""
+        return _bridge.original_class(cls).from_config(config)
+
     def save_own_variables(self, store):
         """Writes what the layer's class does, and after it the variables of delayed scaling."""
         with _as_float(self):

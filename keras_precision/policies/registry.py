@@ -105,11 +105,17 @@ def _keras_parses(name):
     if name in _registered:
         return False
     if name.startswith(_bridge.quantization_modes()):
-        # Without a source Keras's message fits; with one, a mode that Keras lacks is ours or a typo of ours.
-        mode, separator, _ = name.partition("_from_")
-        return not separator or mode.partition("/")[0] in _bridge.quantization_modes()
+        # Without a source Keras's message fits; with one, what Keras refuses is ours ("float8/row") or a typo of ours.
+        return "_from_" not in name or _keras_takes(name)
     try:
         return name in names.MIXED or bool(keras.backend.standardize_dtype(name))
+    except ValueError:
+        return False
+
+
+def _keras_takes(name):
+    try:
+        return bool(_bridge.stock_get(name))
     except ValueError:
         return False
 

@@ -363,6 +363,15 @@ def test_a_small_transformer_ends_within_a_percent():
     assert found < 1.01 * expected
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_clones_multiply_alike(mode):
+    model = network(policy_of(mode))
+    for twin in (keras.models.clone_model(model), network(policy_of(mode)).from_config(model.get_config())):
+        assert all(is_float8(layer) for layer in twin.layers)
+        twin.set_weights(model.get_weights())
+        np.testing.assert_array_equal(twin.predict(X, verbose=0), model.predict(X, verbose=0))
+
+
 def test_files_name_our_policy(tmp_path):
     model = network(policy_of())
     model.save(tmp_path / "model.keras")

@@ -100,6 +100,12 @@ def test_keras_quantized_policies_stay(name):
     assert get(stock) is stock
 
 
+@pytest.mark.parametrize("name", ["float8/row_from_mixed_bfloat16", "int8_from_mixed_float16"])
+def test_quantized_names_that_keras_refuses_are_ours(name):
+    assert type(keras.dtype_policies.get(name)).__module__.startswith("keras_precision")
+    assert keras.dtype_policies.get(name) == get(name) == keras.layers.Dense(1, dtype=name).dtype_policy
+
+
 def test_users_policies_stay():
     class Tagged(keras.DTypePolicy):
         """A policy with a meaning of its own."""
