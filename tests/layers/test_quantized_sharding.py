@@ -55,6 +55,32 @@ for fmt in ("nf4", "nf4-dq", "int8"):
     assert along["embedding/embeddings_codes"] == (None, "model"), along  # stored as (dim, vocabulary)
     shard = model.get_layer("hidden").encoded_weights["_kernel"].variables["codes"].value.addressable_shards[0].data
     assert shard.shape[1] == 256 // 4
+
+
+def trained(distribution, policy):
+    keras.distribution.set_distribution(distribution)
+    keras.utils.set_random_seed(0)
+    hidden = keras.layers.Dense(256, activation="relu", dtype=policy, name="hidden")
+    model = keras.Sequential([keras.Input((32,)), hidden, keras.layers.Dense(16, dtype=policy, name="head")])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    x = np.random.default_rng(0).standard_normal((32, 32)).astype("float32")
+    model.fit(x, x[:, :16], batch_size=16, epochs=2, shuffle=False, verbose=0)
+    return model.predict(x, verbose=0)
+
+
+for mode in ("float8", "float8/row", "float8/delayed"):
+    policy = kp.QuantizedFloat8DTypePolicy(mode, "float32", min_features=16)
+    expected = trained(None, policy)
+    assert np.linalg.norm(expected - trained(None, "float32")) > 1e-3 * np.linalg.norm(expected)
+    mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"])
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts["hidden/kernel"] = (None, "model")
+    layouts["head/kernel"] = ("model", None)
+    several = keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+    for distribution in (keras.distribution.DataParallel(), several):
+        # Greatest magnitudes are those of all shards. A sum in another order may move a few codes by a unit.
+        found = trained(distribution, policy)
+        assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected), (mode, distribution)
 """
 
 
