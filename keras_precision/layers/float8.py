@@ -213,5 +213,5 @@ def rounding_error(layer: keras.Layer) -> float:
 
 
 def _site(layer):
-    (site,) = sites_of(layer)
-    return site
+    """Returns the weight that the layer's product multiplies by; other ones may have been registered."""
+    return sites_of(layer)[0]

@@ -31,7 +31,7 @@ class QuantizedDTypePolicy(DTypePolicy, keras.dtype_policies.QuantizedDTypePolic
 
     Raises:
         TypeError: `mode` or `source_name` is not a string.
-        ValueError: unknown format, an option that the format can't have,
+        ValueError: unknown format, one that keeps weights, an option that the format can't have,
             a source that is no float policy, or a rank that is no integer >= 1.
 
     Example:
@@ -53,6 +53,11 @@ class QuantizedDTypePolicy(DTypePolicy, keras.dtype_policies.QuantizedDTypePolic
             raise ValueError(f"Expected lora_rank to be an integer >= 1 or None. Received: lora_rank={lora_rank!r}.")
         alpha = lora_rank if lora_alpha is None else lora_alpha
         self._set_quantized_state(mode, source_name, _lora_rank=lora_rank, _lora_alpha=lora_rank and alpha)
+        if self.format.keeps_weights:
+            raise ValueError(
+                f"Expected a format that stores weights. Received: mode={mode}, which keeps them. "
+                "Use QuantizedFloat8DTypePolicy."
+            )
 
     def _set_quantized_state(self, mode, source_name, **extra):
         entry = _parse_mode(mode)

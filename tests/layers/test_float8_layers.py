@@ -372,6 +372,18 @@ def test_clones_multiply_alike(mode):
         np.testing.assert_array_equal(twin.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
+def test_a_layer_with_another_site():
+    class Gated(layers.Dense):
+        def build(self, input_shape):
+            super().build(input_shape)
+            self.gate = self.add_weight(shape=(16, 16), name="gate")
+
+    kp.register_site(Gated, "gate", contracted=(0,))
+    layer = Gated(64, dtype=policy_of(), name="gated")
+    layer.build((None, 32))
+    assert is_float8(layer) and layer.weight_matrix.variable is layer.kernel
+
+
 def test_files_name_our_policy(tmp_path):
     model = network(policy_of())
     model.save(tmp_path / "model.keras")

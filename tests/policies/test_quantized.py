@@ -259,6 +259,11 @@ def test_format_that_stores_weights(fmt):
         QuantizedFloat8DTypePolicy(fmt, "float32")
 
 
+def test_format_that_keeps_weights():
+    with pytest.raises(ValueError, match="Received: mode=float8/row, which keeps them. Use QuantizedFloat8DTypePolicy"):
+        QuantizedDTypePolicy("float8/row", "float32")
+
+
 def test_lora_is_part_of_the_value():
     plain = QuantizedDTypePolicy("nf4", "float32")
     policy = plain.with_lora(8, 16)
