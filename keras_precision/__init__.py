@@ -31,6 +31,7 @@ from keras_precision.policies import (
     set_global_policy,
 )
 from keras_precision.report.summary import summary
+from keras_precision.search import Budget, SearchResult, search_policy
 
 _bridge.install(hooks)
 _bridge_optimizers.install(hooks)
@@ -43,12 +44,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAFE_LAYERS",
+    "Budget",
     "DTypePolicy",
     "DTypePolicyMap",
     "FloatDTypePolicy",
     "QuantizationReport",
     "QuantizedDTypePolicy",
     "QuantizedFloat8DTypePolicy",
+    "SearchResult",
     "dequantize",
     "deserialize",
     "dtype_policy",
@@ -68,6 +71,7 @@ __all__ = [
     "resolve",
     "safe_mask_value",
     "scaling",
+    "search_policy",
     "serialize",
     "set_dtype_policy",
     "set_global_policy",

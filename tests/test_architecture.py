@@ -28,7 +28,7 @@ LAYERS = (
     ("formats",),
     ("kernels",),
     ("hardware", "rounding", "delegation"),
-    ("dtypes", "_bridge", "_bridge_optimizers", "_bridge_variables", "rich_text"),
+    ("dtypes", "_bridge", "_bridge_optimizers", "_bridge_variables", "rich_text", "progress", "files"),
     ("hooks",),
 )
 RANKS = {unit: rank for rank, row in enumerate(LAYERS) for unit in row}

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 import keras
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from keras_precision import hardware, policies
 from keras_precision.cli.terminal import stdout_console
+from keras_precision.progress import progress_bar
 
 if TYPE_CHECKING:
     from keras_precision.cli.digits import RunResult
@@ -46,7 +45,7 @@ def demo(epochs: int | None, names: str, output: Path, seed: int, as_json: bool)
 
     epochs = epochs or digits.DEFAULT_EPOCHS
     results = []
-    with _progress() as progress, warnings.catch_warnings():
+    with progress_bar("mixed_bfloat16", "steps") as progress, warnings.catch_warnings():
         # The table says in milliseconds what this warning says in words.
         warnings.simplefilter("ignore", hardware.PrecisionWarning)
         task = progress.add_task("", total=len(requested) * epochs * digits.STEPS_PER_EPOCH)
@@ -104,20 +103,6 @@ def _figure_path(directory: Path) -> Path | None:
     except OSError as error:
         raise click.BadParameter(f"Expected a directory that can be made. {error}", param_hint="--output") from error
     return directory / FIGURE_NAME
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description:>15}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _table(results: list[RunResult], epochs: int) -> Table:

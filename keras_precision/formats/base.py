@@ -98,7 +98,13 @@ class Codec(Format, abc.ABC):
     weight is approximately scale * (codes - zero_point), or
     scale * codebook[codes]. What is decoded has a tensor's dtype and may be
     traced; what is encoded are NumPy arrays.
+
+    Attributes:
+        is_weight_only: False if products quantize activations too, so that a
+            layer computes something else than with its decoded weight.
     """
+
+    is_weight_only = True
 
     @abc.abstractmethod
     def parts(self, shape: tuple[int, int]) -> dict[str, Part]:

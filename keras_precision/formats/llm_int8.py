@@ -21,6 +21,7 @@ class LLMInt8(Int8WeightOnly):
     """
 
     threshold: float = 6.0
+    is_weight_only = False
 
     def with_option(self, text):
         """Returns this format with the threshold that a mode's text after `/` gives.

@@ -60,6 +60,10 @@ class EncodedWeight(WeightMatrix):
         """Returns the weight as a tensor of its own shape."""
         return self._decode(self._tensors(), dtype)
 
+    def decoded(self, arrays: dict[str, np.ndarray], dtype: str):
+        """Returns the weight that other parts, which `encode` returned, stand for."""
+        return self._decode({name: ops.convert_to_tensor(array) for name, array in arrays.items()}, dtype)
+
     def change(self, weight, arrays: dict[str, np.ndarray]) -> tuple[float, float]:
         """Returns the sums of squares of what encoding changed of a weight, and of the weight.
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import keras
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from keras_precision import _bridge, _bridge_variables, dtypes
@@ -27,6 +25,7 @@ from keras_precision.policies import registry
 from keras_precision.policies.policy_map import DTypePolicyMap, layers_matching
 from keras_precision.policies.quantized import QuantizedDTypePolicy
 from keras_precision.policies.resolve import attached
+from keras_precision.progress import progress_bar
 from keras_precision.rich_text import RichText
 
 
@@ -142,7 +141,7 @@ def quantize(model: keras.Layer, policy, skip: Iterable = (), verbose: int = 1) 
         )
     before = {id(layer): dtypes.measured_bytes(_bridge.own_variables(layer)) for layer in layers}
     prepared, errors = {}, {}
-    with _progress(verbose) as progress:
+    with progress_bar("quantize", "layers", verbose) as progress:
         task = progress.add_task("quantize", total=len(quantized))
         for layer, p in quantized:
             prepared[id(layer)] = prepare(layer, _codec(p))
@@ -265,18 +264,4 @@ def _row(layer, bytes_before, error, obstacle):
     mode = layer.dtype_policy.name.partition("_from_")[0] if is_changed else ""
     return QuantizedLayer(
         _bridge.layer_path(layer), mode, bytes_before, nbytes, parameters, stored * 8 / parameters, error, note
-    )
-
-
-def _progress(verbose):
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("layers"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not verbose or not console.is_terminal,
     )
