@@ -173,13 +173,15 @@ def compile_again(model: keras.Model, keeps_state: bool = True) -> None:
     if optimizer is not None:
         arguments["optimizer"] = type(optimizer).from_config(optimizer.get_config())
     model.compile(**arguments)
-    if keeps_state and old is not None and old.built:
-        _carry_state(old, model)
+    if old is not None and old.built:
+        # Built where the old one was: Keras builds the optimizer of a file that it loads, whatever was saved.
+        model.optimizer.build(model.trainable_variables)
+        if keeps_state:
+            _carry_state(old, model)
 
 
 def _carry_state(old, model):
     """Copies an optimizer's variables into the model's new one, cast to the new dtypes."""
-    model.optimizer.build(model.trainable_variables)
     old, new = _bridge_optimizers.innermost(old), _bridge_optimizers.innermost(model.optimizer)
     for source, target in zip(old.variables, new.variables, strict=True):
         target.assign(keras.ops.cast(source.value, target.dtype))

@@ -99,7 +99,7 @@ class Budget:
         if self.bounds_accuracy:
             # A share is one of the accuracy; errors are 1 - accuracy.
             number += share * (1 - paired.base)
-            return paired.excess(confidence, pseudo_samples=2) - number
+            return paired.excess(confidence, is_share=True) - number
         return paired.excess(confidence, share) - number
 
     def to_dict(self) -> dict[str, Amount]:

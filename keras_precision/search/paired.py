@@ -56,7 +56,7 @@ class Paired:
         """Of the mean increase."""
         return math.sqrt(self.increase_variance / self.samples)
 
-    def excess(self, confidence: float, relative: float = 0.0, pseudo_samples: int = 0) -> float:
+    def excess(self, confidence: float, relative: float = 0.0, is_share: bool = False) -> float:
         """Returns a one-sided upper confidence limit of the mean of `increase - relative * before`.
 
         The mean plus Student's t quantile times its standard error; samples
@@ -65,26 +65,26 @@ class Paired:
         Args:
             confidence: in (0.5, 1).
             relative: the share of the value before that is allowed.
-            pseudo_samples: 0, or 2 for values in [0, 1]: adds one sample that
-                got worse by 1/sqrt(2) and one that got better by it, so that a
-                few equal answers don't pass for certainty (Agresti and Min
-                2005, "Simple improved confidence intervals for comparing
-                matched proportions").
+            is_share: True for values in [0, 1], most of which may be equal:
+                z**2 samples are added, z the normal quantile, half of which
+                got worse by 1, so that a few equal answers don't pass for
+                certainty (as Agresti and Coull 1998 do for a proportion).
         """
         if not math.isfinite(self.increase):
             return math.inf
         n = self.samples
         mean = self.increase - relative * self.base
         variance = self.increase_variance - 2 * relative * self.covariance + relative**2 * self.base_variance
-        if pseudo_samples:
-            squares = variance * (n - 1) + n * mean**2 + 1.0
-            n += pseudo_samples
-            mean *= self.samples / n
+        if is_share:
+            added = statistics.NormalDist().inv_cdf(confidence) ** 2
+            total, squares = n * mean + added / 2, variance * (n - 1) + n * mean**2 + added / 2
+            n += added
+            mean = total / n
             variance = (squares - n * mean**2) / (n - 1)
         return mean + t_quantile(confidence, n - 1) * math.sqrt(max(variance, 0.0) / n)
 
 
-def t_quantile(confidence: float, degrees: int) -> float:
+def t_quantile(confidence: float, degrees: float) -> float:
     """Returns Student's t quantile by the expansion of Abramowitz and Stegun, 26.7.5: within 1% from 8 degrees on.
 
     >>> round(t_quantile(0.95, 10), 2), round(t_quantile(0.999, 30), 2)

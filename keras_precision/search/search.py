@@ -199,7 +199,7 @@ class _Space:
             i: [trial.bases[i], *filter(None, (trial.policy_for(i, c) for c in candidates))] for i in places
         }
         # The largest first: under a time limit they matter most.
-        self.options = dict(sorted(self.options.items(), key=lambda item: (-trial.bytes_of(item[0]), item[0])))
+        self.options = dict(sorted(self.options.items(), key=lambda item: (-trial.base_bytes[item[0]], item[0])))
         self.uniform: dict[str, Policies] = {}
         for candidate in candidates:
             if any(trial.policy_for(i, candidate) for i in places):
@@ -207,8 +207,9 @@ class _Space:
                 self.uniform[getattr(candidate, "name", str(candidate))] = self.filled(given)
         if not self.uniform:
             raise ValueError(
-                f"Expected candidates that can change at least one layer. Received: {list(candidates)}, which leave all "
-                "as they are. Pass a quantized format for Dense, Embedding or convolutional layers, or 'bfloat16'."
+                "Expected candidates that can change at least one layer. "
+                f"Received: {list(candidates)}, which leave all as they are. "
+                "Pass a quantized format for Dense, Embedding or convolutional layers, or 'bfloat16'."
             )
 
     @property
@@ -291,6 +292,7 @@ class _Search:
         return self._add(policies, name, self._measuring.together(policies), predicted)
 
     def _add(self, policies, name, measured, predicted):
+        name = next((uniform for uniform, given in self._space.uniform.items() if given == tuple(policies)), name)
         paired = measured.error if self._budget.bounds_accuracy else measured.loss
         if self._budget.bounds_quality:
             is_base = not self._verified
@@ -316,7 +318,7 @@ class _Search:
         return measured.seconds if self._counts_time else measured.bytes
 
     def _own_cost(self, index):
-        return self._measuring.base.seconds if self._counts_time else self._space.trial.bytes_of(index)
+        return self._measuring.base.seconds if self._counts_time else self._space.trial.base_bytes[index]
 
     def _limit(self):
         return self._budget.resolved(self._cost(self._measuring.base))
@@ -354,11 +356,10 @@ class _Search:
             float_layers(model), trial.paths, trial.classes(), policies, lambda i, p: trial.accepts(i, p, policies[i])
         )
         trial.require_gives(policy_map, policies)
-        trial.give({})
         layers, names = [], trial.paths
         for index in trial.places():
             alone = self._alone.get((index, policies[index]))
-            before = trial.bytes_of(index)
+            before = trial.base_bytes[index]
             is_changed = policies[index] != trial.bases[index]
             after, increase = (alone.bytes, alone.loss.increase) if alone else (before, 0.0)
             layers.append(LayerChoice(names[index], policies[index].name, is_changed, before, after, increase))

@@ -91,6 +91,8 @@ class Trial:
     Attributes:
         model: the copy.
         paths: of the model's layers that policies are meant for.
+        bases: their own policies.
+        base_bytes: of the weights that each owns itself, under its own policy.
     """
 
     def __init__(self, model: keras.Model, x):
@@ -103,6 +105,7 @@ class Trial:
         for index in range(len(self._layers)):
             self._take_values(index)
         self._given: dict[int, keras.DTypePolicy] = {}
+        self.base_bytes = [self.bytes_of(index) for index in range(len(self._layers))]
 
     def places(self) -> list[int]:
         """Returns the indices of layers with weights of their own."""
@@ -238,10 +241,14 @@ def _copy(model, x):
         copy = keras.models.clone_model(model)
         if not all(layer.built for layer in _bridge.flatten_layers(copy)):
             copy.predict_on_batch(x)
+        for layer in _bridge.flatten_layers(copy):
+            if isinstance(layer, keras.Model):
+                layer.compiled = False  # no optimizer to make anew whenever a policy changes
     except Exception as e:
         raise ValueError(
             f"Expected a model that can be copied from its config. Received: '{model.name}', for which Keras says: "
-            f"{e}. Give its class a get_config, and register its custom layers with keras.saving.register_keras_serializable."
+            f"{e}. Give its class a get_config, and register its custom layers with "
+            "keras.saving.register_keras_serializable."
         ) from e
     finally:
         random.setstate(state)

@@ -76,6 +76,17 @@ def test_a_float_checkpoint_is_quantized_as_it_loads(tmp_path):
     np.testing.assert_array_equal(target.predict(TOKENS, verbose=0), trained.predict(TOKENS, verbose=0))
 
 
+def test_a_model_that_was_trained_saves_and_loads(tmp_path):
+    model = transformer()
+    model.compile("adam", "sparse_categorical_crossentropy")
+    model.fit(TOKENS, np.zeros(8), verbose=0)
+    kp.quantize(model, "nf4_from_float32", verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")  # a warning of Keras's about its optimizer is an error
+    np.testing.assert_array_equal(loaded.predict(TOKENS, verbose=0), model.predict(TOKENS, verbose=0))
+    assert [v.path for v in loaded.optimizer.variables] == [v.path for v in model.optimizer.variables]
+
+
 def test_a_compiled_model_goes_on_training_and_predicting():
     model = transformer()
     model.compile("adam", "mse")
