@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import click
 import keras
 
 import keras_precision
+from keras_precision.cli.bench import bench
 from keras_precision.cli.demo import demo
 from keras_precision.cli.doctor import doctor
+from keras_precision.cli.quantize import quantize
+from keras_precision.cli.search import search
+from keras_precision.cli.summary import summary
+
+COMMANDS = (doctor, demo, summary, quantize, search, bench)
 
 
 class _OneLineErrors(click.Group):
@@ -20,7 +27,9 @@ class _OneLineErrors(click.Group):
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **options)
         try:
-            status = super().main(*args, standalone_mode=False, **options)
+            with warnings.catch_warnings():
+                warnings.showwarning = _one_line
+                status = super().main(*args, standalone_mode=False, **options)
         except click.ClickException as error:
             click.echo(f"Error: {error.format_message()}", err=True)
             sys.exit(error.exit_code)
@@ -28,6 +37,10 @@ class _OneLineErrors(click.Group):
             click.echo("Aborted.", err=True)
             sys.exit(1)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _one_line(message: Warning | str, *where: Any) -> None:
+    click.echo(f"Warning: {' '.join(str(message).split())}", err=True)
 
 
 @click.group(
@@ -55,7 +68,7 @@ def main(context: click.Context, backend: str | None) -> None:
         click.echo(context.get_help())
 
 
-main.add_command(demo)
-main.add_command(doctor)
+for command in COMMANDS:
+    main.add_command(command)
 
 __all__ = ["main"]
