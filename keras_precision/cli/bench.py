@@ -80,7 +80,7 @@ class Benchmark:
         return table
 
 
-@click.command(epilog="Example: keras-precision bench --size 512 --policies bfloat16,mixed_bfloat16")
+@click.command(epilog="\b\nExample: keras-precision bench --size 512 --policies bfloat16,mixed_bfloat16")
 @click.option("--size", type=click.IntRange(1, 16384), default=1024, show_default=True, help="Of the square weight.")
 @click.option("--policies", "names", default=",".join(POLICIES), show_default=True, help="Policies, by commas.")
 @click.option(

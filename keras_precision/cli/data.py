@@ -63,6 +63,9 @@ def load_data(model: keras.Model, data: Path, targets: Path | None, option: str 
     _require_shapes(model, x, data, option)
     y = found.get("y")
     first = x if isinstance(x, np.ndarray) else next(iter(x.values()))
+    for array in (first, y):
+        if array is not None and array.dtype.kind not in "biuf":
+            raise _bad(f"Expected numbers. Received: '{data}' with {array.dtype}.", option)
     if y is not None and (y.ndim == 0 or len(y) != len(first)):
         raise _bad(
             f"Expected as many targets as inputs. Received: {len(first)} inputs and targets of shape {y.shape}.", option
@@ -77,8 +80,9 @@ def _read(path, option):
     if path.suffix not in (".npy", ".npz"):
         raise _bad(f"Expected a .npz or .npy file. Received: '{path}'.", option)
     try:
-        found = np.load(path, allow_pickle=False)
-        return found if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            return found if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
     except Exception as error:  # zip, format and pickle errors alike
         reason = " ".join(str(error).split())
         raise _bad(f"Expected arrays written by NumPy. Received: '{path}'. {reason}", option) from error
@@ -96,8 +100,6 @@ def _require_shapes(model, x, path, option):
             raise _bad(
                 f"Expected inputs of shape {_text(tensor.shape)}. Received: '{path}' with shape {array.shape}.", option
             )
-        if array.dtype.kind not in "biuf":
-            raise _bad(f"Expected numbers. Received: '{path}' with {array.dtype}.", option)
 
 
 def _text(shape):

@@ -34,7 +34,7 @@ def takes_model(command: Callable) -> Callable:
             "--custom-objects",
             multiple=True,
             metavar="MODULE|FILE.py",
-            help="Module or Python file that defines the model's own classes and functions. It is run. May be repeated.",
+            help="Module or Python file that defines the model's own classes; it is run. May be repeated.",
         ),
         click.option(
             "--unsafe",

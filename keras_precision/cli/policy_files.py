@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from pathlib import Path
 
 import click
 import keras
 
-from keras_precision import policies
-from keras_precision.cli.output import bad_input
+from keras_precision import _bridge, policies
 from keras_precision.files import written_whole
+from keras_precision.formats import FORMATS, Codec
+from keras_precision.layers import convert
 from keras_precision.policies.names import split_quantized
 from keras_precision.policies.policy import float_name
+from keras_precision.policies.resolve import attached
 
 
 def read_policy(text: str, model: keras.Model, option: str = "--policy") -> keras.DTypePolicy:
     """Returns the policy that a user means.
 
     Args:
-        text: a policy's name; a bare format, which takes the model's own
+        text: a policy's name; a bare format, which takes each layer's own
             policy as its source; or a .json file with what `write_policy` or
             `search --json` wrote.
         model: that it is for.
@@ -33,15 +36,28 @@ def read_policy(text: str, model: keras.Model, option: str = "--policy") -> kera
     try:
         bare = split_quantized(text)
         is_bare = bare is not None and bare[1] is None
-        return policies.get(f"{text}_from_{float_name(model.dtype_policy)}" if is_bare else text)
+        return _by_layer(text, model) if is_bare else policies.get(text)
     except (TypeError, ValueError) as error:
-        raise bad_input(error, option) from error
+        formats = ", ".join(name for name, entry in FORMATS.items() if isinstance(entry, Codec))
+        raise click.BadParameter(
+            f"Expected a policy's name or a format, one of {formats}. Received: {text!r}.", param_hint=option
+        ) from error
 
 
 def write_policy(policy: keras.DTypePolicy, path: Path) -> None:
     """Writes a policy as JSON, whole or not at all."""
     with written_whole(path) as partial:
         partial.write_text(json.dumps(policies.serialize(policy), indent=2))
+
+
+def _by_layer(text, model):
+    """Returns the map that gives each layer a format from its own policy, which is most often the default's source."""
+    layers = [layer for layer in _bridge.flatten_layers(model) if convert.has_float_policy(layer)]
+    sources = {_bridge.layer_path(x): float_name(attached(x)) for x in layers if _bridge.own_variables(x)}
+    common = collections.Counter(sources.values()).most_common(1)
+    default = common[0][0] if common else float_name(model.dtype_policy)
+    others = {f"path:{path}": f"{text}_from_{own}" for path, own in sources.items() if own != default}
+    return policies.DTypePolicyMap(f"{text}_from_{default}", others)
 
 
 def _from_file(path, option):

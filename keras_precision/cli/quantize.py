@@ -13,7 +13,7 @@ from keras_precision.cli.output import bad_input, show, takes_json
 from keras_precision.cli.policy_files import read_policy
 
 
-@click.command(epilog="Example: keras-precision quantize model.keras --policy nf4 --skip head -o small.keras")
+@click.command(epilog="\b\nExample: keras-precision quantize model.keras --policy nf4 -o small.keras")
 @takes_model
 @click.option(
     "--policy",

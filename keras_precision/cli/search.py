@@ -33,7 +33,7 @@ def takes_budget(command):
 
 
 @click.command(
-    epilog="Example: keras-precision search model.keras --data validation.npz --max-loss-increase 1% -o small.keras"
+    epilog="\b\nExample: keras-precision search model.keras --data validation.npz --max-loss-increase 1% -o small.keras"
 )
 @takes_model
 @takes_data

@@ -10,7 +10,7 @@ from keras_precision.cli.output import show, takes_json
 from keras_precision.report.summary import Summary
 
 
-@click.command(epilog="Example: keras-precision summary model.keras --json")
+@click.command(epilog="\b\nExample: keras-precision summary model.keras --json")
 @takes_model
 @takes_json
 def summary(model: keras.Model, as_json: bool) -> None:

@@ -40,7 +40,7 @@ def covered(draw, limit_of, truth, trials=2000):
     return np.mean([limit_of(Paired.of(*draw(generator))) >= truth for _ in range(trials)])
 
 
-# The share of 2,000 trials has a standard error of sqrt(0.95 * 0.05 / 2000) = 0.005; a skewed mean of 100 is about normal.
+# The share of 2,000 trials has a standard error of sqrt(0.95 * 0.05 / 2000) = 0.005; means of 100 are about normal.
 @pytest.mark.parametrize("relative", [0.0, 0.3])
 def test_limits_on_losses_cover_the_mean_increase_as_often_as_they_say(relative):
     def draw(generator):
