@@ -35,6 +35,7 @@ def test_every_benchmark_is_run_here():
         "matmul",
         "tune_matmul",
         "float8_step",
+        "search",
     }
 
 
@@ -156,6 +157,13 @@ def test_matmul_prints_each_subject(backend):
     assert [row[0] for row in rows] == ["JAX bfloat16", "ours nf4", "Keras int8"]
     assert all(float(row[column].split()[0]) > 0 for row in rows for column in (2, 3))
     assert [row[2].split()[1] for row in rows][0] == "1.00"
+
+
+def test_search_prints_each_budget(backend):
+    rows = rows_of("search", backend, "--cases", "digits", "--epochs", "1", "--budgets", "1%,20%")
+    assert [row[1:3] for row in rows] == [["digits", "1%"], ["digits", "20%"]]
+    assert int(rows[1][4].replace(",", "")) <= int(rows[0][4].replace(",", "")) < 143_656
+    assert all(row[8] in ("yes", "NO") for row in rows)
 
 
 def test_tuning_says_that_it_needs_a_gpu(backend):
