@@ -18,6 +18,7 @@ def run():
 def trained(tmp_path_factory):
     """A directory with `model.keras`, the digits network after two epochs, and images it has not seen."""
     directory = tmp_path_factory.mktemp("trained")
+    keras.utils.clear_session()  # or layers' names would go on from those of other tests
     keras.utils.set_random_seed(0)
     split = digits.load_digits_split(0)
     model = digits.build_digits_model()

@@ -24,6 +24,7 @@ CANDIDATES = ("nf4", "int8-weight-only")
 @pytest.fixture(scope="module")
 def trained():
     """The digits network after 4 epochs, with images it has not seen: to search on, and others."""
+    keras.utils.clear_session()  # or layers' names would go on from those of other tests
     keras.utils.set_random_seed(0)
     split = digits.load_digits_split(0)
     model = digits.build_digits_model()
@@ -376,4 +377,4 @@ def test_quantized_models_are_refused(small):
 def test_a_loss_that_is_not_finite_is_refused(small):
     model, x, y = small
     with pytest.raises(ValueError, match="finite loss"):
-        kp.search_policy(model, x * np.nan, y, "mse")
+        kp.search_policy(model, x, y * np.nan, "mse")
