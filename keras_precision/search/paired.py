@@ -88,7 +88,7 @@ def t_quantile(confidence: float, degrees: float) -> float:
     """Returns Student's t quantile by the expansion of Abramowitz and Stegun, 26.7.5: within 1% from 8 degrees on.
 
     >>> round(t_quantile(0.95, 10), 2), round(t_quantile(0.999, 30), 2)
-    (1.81, 3.38)
+    (1.81, 3.39)
     """
     z = statistics.NormalDist().inv_cdf(confidence)
     return (

@@ -104,11 +104,11 @@ def search_policy(
             of another search.
 
     Example:
-        >>> import numpy as np
+        >>> import keras_precision, numpy as np
         >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64, name="body"), keras.layers.Dense(4)])
         >>> x, y = np.random.default_rng(0).normal(size=(64, 64)), np.arange(64) % 4
-        >>> result = search_policy(model, x, model.predict(x, verbose=0), "mse", budget={"max_bytes": "50%"})
-        >>> result.bytes_after <= result.bytes_before / 2
+        >>> result = search_policy(model, x, model.predict(x, verbose=0), "mse", budget={"max_bytes": "30%"})
+        >>> result.bytes_after <= 0.3 * result.bytes_before
         True
         >>> report = keras_precision.quantize(model, result.policy_map)
     """
@@ -159,7 +159,10 @@ def _known(candidates):
     """Returns the candidates in order, each once, each known."""
     if isinstance(candidates, str) or not isinstance(candidates, Iterable):
         raise TypeError(f"Expected a sequence of candidates. Received: {candidates!r}. Pass ({candidates!r},).")
-    found = {candidate_policy(candidate, keras.DTypePolicy("float32")): candidate for candidate in candidates}
+    found = {}
+    for candidate in candidates:
+        candidate_policy(candidate, keras.DTypePolicy("float32"))
+        found.setdefault(getattr(candidate, "name", candidate), candidate)
     if not found:
         raise ValueError("Expected at least one candidate. Received: none. Leave the argument out for the usual ones.")
     return list(found.values())

@@ -14,6 +14,7 @@ import keras_precision as kp
 from keras_precision.cli import digits
 from keras_precision.policies.resolve import attached
 from keras_precision.search import measuring as measuring_module
+from keras_precision.search import verification
 from keras_precision.search.measuring import Measuring
 from keras_precision.search.trial import Trial, float_layers
 
@@ -95,6 +96,7 @@ def test_transformer_map_is_smaller_than_any_uniform_policy_of_equal_or_better_l
     spec.loader.exec_module(text_task)
     for name, value in {"LENGTH": 16, "WIDTH": 64, "BLOCKS": 1}.items():
         monkeypatch.setattr(text_task, name, value)
+    monkeypatch.setattr(verification, "STEPS", 4)  # each compiles the transformer
     keras.utils.set_random_seed(0)
     text = text_task.standard_library(200_000)
     model = text_task.build_transformer()
@@ -127,7 +129,7 @@ def test_the_model_and_random_states_stay_as_they_are(trained):
 
 def test_a_seed_makes_it_deterministic(small):
     model, x, y = small
-    arguments = {"loss": "mse", "candidates": ("nf4", "bfloat16"), "budget": "2%"}
+    arguments = {"loss": "mse", "candidates": ("nf4",), "budget": "2%"}
     first, again, other = (kp.search_policy(model, x, y, seed=seed, **arguments) for seed in (0, 0, 1))
     assert first.to_dict() == again.to_dict()
     assert first.before.loss != other.before.loss
