@@ -160,9 +160,9 @@ def test_matmul_prints_each_subject(backend):
 
 
 def test_search_prints_each_budget(backend):
-    rows = rows_of("search", backend, "--cases", "digits", "--epochs", "1", "--budgets", "1%,20%")
-    assert [row[1:3] for row in rows] == [["digits", "1%"], ["digits", "20%"]]
-    assert int(rows[1][4].replace(",", "")) <= int(rows[0][4].replace(",", "")) < 143_656
+    rows = rows_of("search", backend, "--cases", "digits", "--epochs", "1", "--budgets", "20%")
+    assert [row[1:3] for row in rows] == [["digits", "20%"]]
+    assert 19_000 < int(rows[0][4].replace(",", "")) < 143_656
     assert all(row[8] in ("yes", "NO") for row in rows)
 
 

@@ -22,6 +22,14 @@ ROOT = Path(__file__).parent.parent.parent
 CANDIDATES = ("nf4", "int8-weight-only")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_walks():
+    """Walks try 5 places, not 10: each compiles a model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "STEPS", 5)
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained():
     """The digits network after 4 epochs, with images it has not seen: to search on, and others."""
@@ -96,7 +104,6 @@ def test_transformer_map_is_smaller_than_any_uniform_policy_of_equal_or_better_l
     spec.loader.exec_module(text_task)
     for name, value in {"LENGTH": 16, "WIDTH": 64, "BLOCKS": 1}.items():
         monkeypatch.setattr(text_task, name, value)
-    monkeypatch.setattr(verification, "STEPS", 4)  # each compiles the transformer
     keras.utils.set_random_seed(0)
     text = text_task.standard_library(200_000)
     model = text_task.build_transformer()
