@@ -33,6 +33,9 @@ class _OneLineErrors(click.Group):
         except click.ClickException as error:
             click.echo(f"Error: {error.format_message()}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:  # a full disk, a directory that may not be written to
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(1)
         except click.Abort:
             click.echo("Aborted.", err=True)
             sys.exit(1)

@@ -25,12 +25,12 @@ def plot(result: SearchResult, axes=None) -> Figure:
     front = [(result.cost(point), point.loss) for point in result.front]
     axes.plot(*zip(*front, strict=True), color="C0", drawstyle="steps-post", label="Pareto front (held out)", zorder=2)
     kinds = {"search": ("C0", "o"), result.before.name: ("k", "s")}
-    for point in result.verified:
+    for number, point in enumerate(result.verified):
         color, marker = kinds.get(point.name, ("C1", "D"))
         at = result.cost(point), point.loss
         axes.errorbar(*at, yerr=point.standard_error, color=color, marker=marker, markersize=5, capsize=2, zorder=3)
         if point.name != "search":
-            axes.annotate(point.name, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(point.name, at, xytext=(4, (5, -12)[number % 2]), textcoords="offset points", fontsize=8)
     chosen = result.chosen
     axes.plot(
         result.cost(chosen), chosen.loss, "*", color="C3", markersize=14, label="chosen", linestyle="none", zorder=4
@@ -39,7 +39,8 @@ def plot(result: SearchResult, axes=None) -> Figure:
         limit = base + result.budget.resolved(base)
         axes.axhline(limit, color="C3", linewidth=0.8, linestyle="--", label=str(result.budget))
         spread = max(limit - base, *(abs(loss - base) for _, loss in front))
-        axes.set_ylim(base - 2 * spread, base + 4 * spread)  # the worst of what was tried would hide all else
+        axes.set_ylim(base - 0.7 * spread, base + 2 * spread)  # the worst of what was tried would hide all else
+    axes.margins(x=0.12)
     axes.set(xlabel="seconds a batch" if result.counts_time else "bytes of all weights", ylabel="loss")
     axes.legend(fontsize=8)
     return axes.figure

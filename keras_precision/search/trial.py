@@ -15,8 +15,8 @@ import numpy as np
 from keras_precision import _bridge, _bridge_variables, dtypes, hardware
 from keras_precision.formats import Codec
 from keras_precision.layers import convert
-from keras_precision.layers.quantized import has_sites, is_quantized, prepare, restore
 from keras_precision.layers.quantized import commit as store_quantized
+from keras_precision.layers.quantized import has_sites, is_quantized, prepare, restore
 from keras_precision.policies import registry
 from keras_precision.policies.names import split_quantized
 from keras_precision.policies.policy import float_name

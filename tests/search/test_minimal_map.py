@@ -30,7 +30,10 @@ def mapped(trial, given):
     """The map of policies that are given by index."""
     chosen = [given.get(i, base) for i, base in enumerate(trial.bases)]
     model = trial.model
-    accepts = lambda i, p: trial.accepts(i, p, chosen[i])  # noqa: E731
+
+    def accepts(index, policy):
+        return trial.accepts(index, policy, chosen[index])
+
     found = minimal_map(float_layers(model), trial.paths, trial.classes(), chosen, accepts)
     trial.require_gives(found, chosen)
     return found
