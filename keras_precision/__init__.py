@@ -30,6 +30,8 @@ from keras_precision.policies import (
     serialize,
     set_global_policy,
 )
+from keras_precision.report.audit import audit
+from keras_precision.report.result import Audit, Finding, LayerAudit
 from keras_precision.report.summary import summary
 from keras_precision.search import Budget, SearchResult, search_policy
 
@@ -44,14 +46,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAFE_LAYERS",
+    "Audit",
     "Budget",
     "DTypePolicy",
     "DTypePolicyMap",
+    "Finding",
     "FloatDTypePolicy",
+    "LayerAudit",
     "QuantizationReport",
     "QuantizedDTypePolicy",
     "QuantizedFloat8DTypePolicy",
     "SearchResult",
+    "audit",
     "dequantize",
     "deserialize",
     "dtype_policy",

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from keras import ops
 
@@ -100,11 +100,10 @@ class Codec(Format, abc.ABC):
     traced; what is encoded are NumPy arrays.
 
     Attributes:
-        is_weight_only: False if products quantize activations too, so that a
-            layer computes something else than with its decoded weight.
+        multiplies_codes: whether `matmul` multiplies the codes themselves, with activations that it quantizes too.
     """
 
-    is_weight_only = True
+    multiplies_codes: ClassVar[bool] = False
 
     @abc.abstractmethod
     def parts(self, shape: tuple[int, int]) -> dict[str, Part]:

@@ -8,7 +8,7 @@ from keras_precision.kernels import dispatch, reference
 class Int8(Int8WeightOnly):
     """Stores what `Int8WeightOnly` does, multiplied with activations that are quantized to 8 bits, a scale per token."""
 
-    is_weight_only = False
+    multiplies_codes = True
 
     def matmul(self, x, parts, shape, dtype):
         """Returns x times the weight, both in 8 bits; see `kernels.reference.integer_matmul`."""

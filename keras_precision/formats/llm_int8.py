@@ -21,7 +21,7 @@ class LLMInt8(Int8WeightOnly):
     """
 
     threshold: float = 6.0
-    is_weight_only = False
+    multiplies_codes = True  # a class attribute: no annotation, no field
 
     def with_option(self, text):
         """Returns this format with the threshold that a mode's text after `/` gives.

@@ -42,6 +42,20 @@ def set_policy(model: keras.Layer, policy) -> None:
     if policy is None:
         raise ValueError("Expected a policy, its name, or a DTypePolicyMap. Received: None. Pass 'mixed_bfloat16'.")
     policy = registry.get(policy)
+    change_policies(model, policy)
+    _bridge.refresh_symbolic_dtypes(model)
+    for trainer in _bridge.trainers(model):
+        compile_again(trainer)
+    if isinstance(policy, DTypePolicyMap):
+        report_unmatched(policy)
+
+
+def change_policies(model: keras.Layer, policy: keras.DTypePolicy) -> None:
+    """Gives all layers of a model a policy and converts their variables; the layers are not called.
+
+    Raises:
+        ValueError: as `set_policy`; nothing is changed then.
+    """
     layers = [layer for layer in _bridge.flatten_layers(model) if has_float_policy(layer)]
     new_policies = [(layer, _policy_for(policy, layer)) for layer in layers]
     for layer, new_policy in new_policies:
@@ -49,11 +63,6 @@ def set_policy(model: keras.Layer, policy) -> None:
     for layer, new_policy in new_policies:
         keeps_map = policy is not new_policy and len(_bridge.flatten_layers(layer)) > 1
         change_policy(layer, new_policy, attach=policy if keeps_map else new_policy)
-    _bridge.refresh_symbolic_dtypes(model)
-    for trainer in _bridge.trainers(model):
-        compile_again(trainer)
-    if isinstance(policy, DTypePolicyMap):
-        report_unmatched(policy)
 
 
 def require_layer(model) -> None:

@@ -196,8 +196,8 @@ class Trial:
             self._take_values(index)
 
     def _is_decoded(self, index, policy):
-        is_weight_only = isinstance(policy, QuantizedDTypePolicy) and policy.format.is_weight_only
-        return is_weight_only and policy.source_policy == self.bases[index]
+        has_codec = isinstance(policy, QuantizedDTypePolicy) and isinstance(policy.format, Codec)
+        return has_codec and not policy.format.multiplies_codes and policy.source_policy == self.bases[index]
 
     def seconds(self, x) -> float:
         """Returns the seconds of a prediction of one batch, the least of several after one that compiles."""
