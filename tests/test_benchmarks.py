@@ -25,6 +25,7 @@ def test_every_benchmark_is_run_here():
     scripts = {script.stem for script in (ROOT / "benchmarks").glob("*.py")}
     modules = {"timing", "digits_task", "text_task"}
     assert scripts - modules == set(CASES) | {
+        "audit",
         "quantize",
         "convergence",
         "train_step",
@@ -54,6 +55,19 @@ def test_benchmark_prints_a_row_for_each_case(name, backend):
     for row in rows:
         assert re.search(r"<= .*│ +(yes|NO) ", row), row
         assert float(row.split("│")[5]) > 0  # ours / Keras
+
+
+def test_audit_prints_a_row_for_each_model(backend):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "audit.py", "--backends", backend, "--models", "dense", "--layers", "8"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith(f"│ {backend} ")]
+    assert float(row.split("│")[4]) > 0
 
 
 def test_quantize_prints_a_row_for_each_format(backend):

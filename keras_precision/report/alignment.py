@@ -55,10 +55,11 @@ def unaligned(layer: keras.Layer) -> tuple[Dimension, ...]:
     for site in sites.sites:
         encoded = encoded_weights.get(site.attribute)
         weight = vars(layer).get(site.attribute) if encoded is None else encoded
-        operand = "int8" if encoded is not None and encoded.codec.multiplies_codes else resolve(layer).compute_dtype
-        if weight is None or dtypes.nbytes(operand) > 2:
+        multiplies_codes = encoded is not None and encoded.codec.multiplies_codes
+        operand_bytes = 1 if multiplies_codes else dtypes.nbytes(resolve(layer).compute_dtype)
+        if weight is None or operand_bytes > 2:
             continue
-        multiple = _PIECE_BYTES // dtypes.nbytes(operand)
+        multiple = _PIECE_BYTES // operand_bytes
         sizes = _dimensions(layer, site, tuple(weight.shape))
         found += [Dimension(site.attribute.removeprefix("_"), size, multiple) for size in sizes if size % multiple]
     return tuple(dict.fromkeys(found))

@@ -199,18 +199,17 @@ def _optimized(model, candidate, policy):
     if given is None:
         scale = (_DEFAULT_LOSS_SCALE, "the default for float16") if is_float16 else (1.0, "none needed")
         return weights, 0, *scale
-    if policy is None and given.built:
-        used = given
-    else:
-        arguments = _bridge.compile_arguments(model)["optimizer"]
-        candidate.compile(optimizer=type(arguments).from_config(arguments.get_config()))
-        used = candidate.optimizer
+    if not (policy is None and given.built):
+        plain = _bridge.compile_arguments(model)["optimizer"]
+        # Under its own policies, whether the loss is scaled is known: it may have been compiled with auto_scale_loss=False.
+        scales = policy is not None or isinstance(given, keras.optimizers.LossScaleOptimizer)
+        candidate.compile(optimizer=type(plain).from_config(plain.get_config()), auto_scale_loss=scales)
+    used = candidate.optimizer if candidate.compiled else given
     size = optimizer_bytes(used, candidate.trainable_variables)
-    scaling = [one for one in (given, used) if isinstance(one, keras.optimizers.LossScaleOptimizer)]
-    if scaling and isinstance(used, keras.optimizers.LossScaleOptimizer):
-        own = scaling[0] is given
-        value = float(keras.ops.convert_to_numpy(scaling[0].dynamic_scale))
-        return weights, size, value, "the model's optimizer" if own else "what compile would wrap the optimizer with"
+    if isinstance(used, keras.optimizers.LossScaleOptimizer):
+        is_own = isinstance(given, keras.optimizers.LossScaleOptimizer)
+        value = float(keras.ops.convert_to_numpy((given if is_own else used).dynamic_scale))
+        return weights, size, value, "the model's optimizer" if is_own else "what compile would wrap the optimizer with"
     factor = used.loss_scale_factor
     return weights, size, *((float(factor), "the optimizer's loss_scale_factor") if factor else (1.0, "none"))
 

@@ -10,7 +10,6 @@ import keras
 from keras_precision import _bridge_optimizers, dtypes
 from keras_precision.report.program import Program
 
-
 # A cheap value is stored where what it is computed from takes more bytes than this many of its own: a sum of two
 # tensors (2), not a normalized one, which needs its input and a mean and deviation for each row (1 and a little).
 _KEEP_FEWER = 1.5

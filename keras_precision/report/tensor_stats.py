@@ -142,7 +142,7 @@ def difference(tensor: Any, reference: Any) -> Difference:
     return Difference(int(nonfinite), int(np.prod(tensor.shape)), float(signal), float(noise))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _bounds(dtype, scale):
     """Returns the bits of float32 from which on |values| overflow, up to which they are 0, and below which subnormal.
 
@@ -206,7 +206,7 @@ def _operands(*tensors):
     return tuple(np.asarray(keras.ops.convert_to_numpy(tensor)) for tensor in tensors)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _in_place(function):
     """Returns a function of arrays that runs where they are.
 
@@ -225,7 +225,7 @@ def _silently(function, *arguments):
         return function(np, *arguments)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_on_accelerator():
     if keras.backend.backend() != "jax":
         return False
