@@ -167,12 +167,16 @@ def _batch(model, x, y, loss, batch_size):
     if y is not None and _row_counts(y, "y") != rows:
         raise ValueError(f"Expected as many rows in y as in x. Received: {_row_counts(y, 'y')} and {rows}.")
     x, y = (
-        None
-        if data is None
-        else keras.tree.map_structure(lambda one: keras.ops.convert_to_tensor(one[:batch_size]), data)
+        None if data is None else keras.tree.map_structure(lambda one: _tensor(one[:batch_size]), data)
         for data in (x, y)
     )
     return passes.Batch(x, y, loss, weights)
+
+
+def _tensor(array):
+    """Returns what `fit` makes of an array: floats in floatx."""
+    dtype = keras.backend.standardize_dtype(array.dtype)
+    return keras.ops.convert_to_tensor(array, keras.config.floatx() if keras.backend.is_float_dtype(dtype) else None)
 
 
 def _row_counts(data, name):

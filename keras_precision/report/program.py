@@ -24,21 +24,29 @@ _BEHAVIOURS: dict[str, tuple[str, ...]] = {
         "Reshape Squeeze ExpandDims Transpose Identity StopGradient IdentityN ReadVariableOp",
     ),
     "reduces": (
-        "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin cumsum cumprod cumlogsumexp "
-        "reduce_window_sum reduce_window_max reduce_window_min concatenate pad dynamic_update_slice scatter scatter-add "
-        "scatter_add select_and_scatter_add",
-        "Sum Max Min Prod Mean All Any ArgMax ArgMin Cumsum BiasAddGrad Softmax LogSoftmax ConcatV2 Pad PadV2 MaxPool "
-        "AvgPool MaxPoolGrad AvgPoolGrad SparseSoftmaxCrossEntropyWithLogits SoftmaxCrossEntropyWithLogits "
-        "UnsortedSegmentSum TensorScatterUpdate TensorScatterAdd ScatterNd FusedBatchNormV3 FusedBatchNormGradV3",
+        (
+            "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin cumsum cumprod cumlogsumexp "
+            "reduce_window_sum reduce_window_max reduce_window_min concatenate pad dynamic_update_slice scatter scatter-add "
+            "scatter_add select_and_scatter_add"
+        ),
+        (
+            "Sum Max Min Prod Mean All Any ArgMax ArgMin Cumsum BiasAddGrad Softmax LogSoftmax ConcatV2 Pad PadV2 MaxPool "
+            "AvgPool MaxPoolGrad AvgPoolGrad SparseSoftmaxCrossEntropyWithLogits SoftmaxCrossEntropyWithLogits "
+            "UnsortedSegmentSum TensorScatterUpdate TensorScatterAdd ScatterNd FusedBatchNormV3 FusedBatchNormGradV3"
+        ),
     ),
     "stores": (
-        "dot_general conv_general_dilated ragged_dot gather sort top_k scan while cond random_bits threefry2x32 fft "
-        "cholesky triangular_solve qr svd eigh lu custom_call pallas_call ffi_call dot_product_attention_fwd "
-        "dot_product_attention_fwd_wrapper dot_product_attention_bwd dot_product_attention_bwd_wrapper",
-        "MatMul BatchMatMul BatchMatMulV2 BatchMatMulV3 Conv1D Conv2D Conv3D Conv2DBackpropInput Conv2DBackpropFilter "
-        "Conv2DBackpropInputV2 Conv2DBackpropFilterV2 Conv3DBackpropInputV2 Conv3DBackpropFilterV2 "
-        "DepthwiseConv2dNative DepthwiseConv2dNativeBackpropInput DepthwiseConv2dNativeBackpropFilter Einsum GatherV2 "
-        "ResourceGather TopKV2 While StatelessWhile If StatelessIf PartitionedCall StatefulPartitionedCall",
+        (
+            "dot_general conv_general_dilated ragged_dot gather sort top_k scan while cond random_bits threefry2x32 fft "
+            "cholesky triangular_solve qr svd eigh lu custom_call pallas_call ffi_call dot_product_attention_fwd "
+            "dot_product_attention_fwd_wrapper dot_product_attention_bwd dot_product_attention_bwd_wrapper"
+        ),
+        (
+            "MatMul BatchMatMul BatchMatMulV2 BatchMatMulV3 Conv1D Conv2D Conv3D Conv2DBackpropInput Conv2DBackpropFilter "
+            "Conv2DBackpropInputV2 Conv2DBackpropFilterV2 Conv3DBackpropInputV2 Conv3DBackpropFilterV2 "
+            "DepthwiseConv2dNative DepthwiseConv2dNativeBackpropInput DepthwiseConv2dNativeBackpropFilter Einsum GatherV2 "
+            "ResourceGather TopKV2 While StatelessWhile If StatelessIf PartitionedCall StatefulPartitionedCall"
+        ),
     ),
 }
 _BEHAVIOUR_OF = {

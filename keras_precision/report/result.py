@@ -72,7 +72,7 @@ class Audit(RichText):
 
     Attributes:
         model: the model's name.
-        policy: the name of the candidate policy; "as it is" for the policies that the model has.
+        policy: the name of the candidate policy; "the policies it has" where none was given.
         loss_scale: what gradients were multiplied by before they were held against a range.
         loss_scale_source: where that is from, in words.
         layers: one entry a layer, nested ones too, in the order that the model holds them in.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_precision import dtypes
+from keras_precision.report import tensor_stats
 from keras_precision.report.tensor_stats import count, difference, stats
 
 NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -56,6 +57,24 @@ def test_values_that_are_not_finite_overflow_and_are_not_the_largest():
     made = stats(count(ops.convert_to_tensor(np.asarray([np.inf, np.nan, 3.0, 0.0], "float32")), "float16"), "float16")
     assert (made.elements, made.zeros, made.largest, made.histogram) == (4, 1, 3.0, {1: 1})
     assert made.overflow == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_runs_on_an_accelerator_gives_the_same(backend, monkeypatch, dtype):
+    if backend != "jax":
+        pytest.skip("on TensorFlow NumPy counts, wherever the tensor is")
+    draw = np.random.default_rng(0)
+    values = np.concatenate([draw.normal(size=500) * 10.0 ** draw.integers(-20, 20, 500), [0.0, np.inf, np.nan]])
+    tensor = ops.convert_to_tensor(values.reshape(1, -1), "bfloat16")
+    reference = ops.cast(tensor, "float32") * 1.01
+    on_host = count(tensor, dtype, 4.0), difference(tensor, reference)
+    monkeypatch.setattr(tensor_stats, "_is_on_accelerator", lambda: True)
+    tensor_stats._in_place.cache_clear()
+    on_device = count(tensor, dtype, 4.0), difference(tensor, reference)
+    tensor_stats._in_place.cache_clear()
+    assert stats(on_device[0], dtype) == stats(on_host[0], dtype)
+    assert on_device[1][:2] == on_host[1][:2]
+    assert on_device[1].sqnr_db == pytest.approx(on_host[1].sqnr_db, abs=0.01)
 
 
 def test_counts_add_up():
