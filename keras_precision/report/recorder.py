@@ -93,6 +93,8 @@ class Recorder:
         self.leaks: list[Leak] = []
         self.failed: tuple[int, Exception] | None = None
         self._on_activation, self._on_gradient = on_activation, on_gradient
+        self._collected: dict[tuple[int, int, int], Any] | None = None
+        self._probes: list[Any] | None = None
         self._stack: list[_Call] = []
         self._calls: dict[int, int] = {}
         self._known: dict[int, Any] = {}  # tensors by id, which they keep while they are here
@@ -107,6 +109,33 @@ class Recorder:
             _active.reset(token)
             self._known.clear()
             self._stack.clear()
+
+    def begin(self) -> None:
+        """Counts calls from the first one again."""
+        self._calls.clear()
+
+    @contextlib.contextmanager
+    def collecting(self, probes: list[Any] | None = None) -> Iterator[dict[tuple[int, int, int], Any]]:
+        """Yields what will hold the outputs of layers by place, while a program is traced.
+
+        Args:
+            probes: zeros that are added to them in turn, gradients with respect to which are theirs; None for none.
+        """
+        self.begin()
+        self._collected, self._probes = {}, probes
+        try:
+            yield self._collected
+        finally:
+            self._collected = self._probes = None
+
+    def tell(self, places: list[tuple[int, int, int]], outputs: list[Any], gradients: list[Any]) -> None:
+        """Passes on the values of what was collected."""
+        for place, output in zip(places, outputs, strict=True):
+            if self._on_activation is not None:
+                self._on_activation(place, output)
+        for place, gradient in reversed(list(zip(places, gradients, strict=False))):
+            if self._on_gradient is not None:
+                self._on_gradient(place, gradient)
 
     @contextlib.contextmanager
     def failures(self) -> Iterator[None]:
@@ -153,6 +182,11 @@ class Recorder:
         return outputs
 
     def _seen(self, tensor, place):
+        if self._collected is not None and is_float(tensor):
+            probed = tensor if self._probes is None else tensor + self._probes[len(self._collected)]
+            self._collected[place] = tensor
+            _bridge_models.carry_mask(tensor, probed)
+            return probed
         if not is_float(tensor) or not _is_eager(tensor):
             return tensor
         if self._on_activation is not None:

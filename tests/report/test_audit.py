@@ -244,6 +244,19 @@ def test_activations_and_gradients_are_those_of_a_slow_reference():
         assert stats.largest == pytest.approx(np.abs(values).max(), rel=1e-5)
 
 
+def test_many_layers_that_are_alike_are_measured_as_few():
+    """On JAX these run op by op, and fewer ones as one program."""
+    body = [layers.Dense(8, name=f"dense_{place}") for place in range(12)]
+    model = keras.Sequential([keras.Input((8,)), *body], name="net")
+    report = kp.audit(model, inputs(), inputs(), loss="mse", policy="mixed_bfloat16")
+    head = keras.Sequential([keras.Input((8,)), *body[:3]], name="net")
+    few = kp.audit(head, inputs(), inputs(), loss="mse", policy="mixed_bfloat16")
+    for kind in ("weights", "activations"):
+        assert layer(report, "dense_2").tensors[kind] == layer(few, "dense_2").tensors[kind]
+    assert layer(report, "dense_2").sqnr_db == pytest.approx(layer(few, "dense_2").sqnr_db, abs=0.5)
+    assert set(layer(report, "dense_11").tensors) == set(measure.KINDS)
+
+
 def test_sqnr_is_that_of_the_two_outputs():
     model = small()
     x = inputs()
