@@ -10,6 +10,7 @@ import click
 import keras
 
 import keras_precision
+from keras_precision.cli.audit import audit
 from keras_precision.cli.bench import bench
 from keras_precision.cli.demo import demo
 from keras_precision.cli.doctor import doctor
@@ -17,7 +18,7 @@ from keras_precision.cli.quantize import quantize
 from keras_precision.cli.search import search
 from keras_precision.cli.summary import summary
 
-COMMANDS = (doctor, demo, summary, quantize, search, bench)
+COMMANDS = (doctor, demo, summary, audit, quantize, search, bench)
 
 
 class _OneLineErrors(click.Group):
