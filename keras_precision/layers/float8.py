@@ -203,6 +203,11 @@ def obstacle(layer: keras.Layer, policy: QuantizedFloat8DTypePolicy) -> str:
     return ""
 
 
+def can_follow(layer: keras.Layer, policy: QuantizedFloat8DTypePolicy) -> bool:
+    """Returns whether a layer would multiply in 8-bit floating point under a policy."""
+    return bool(sites_of(layer)) and not obstacle(layer, policy)
+
+
 def rounding_error(layer: keras.Layer) -> float:
     """Returns the relative error of a layer's weight rounded with one scale, as a Frobenius norm."""
     weight = ops.cast(_bridge_variables.value_of(vars(layer)[_site(layer).attribute]), "float32")

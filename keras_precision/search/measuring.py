@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ class Measuring:
 
     def alone(self, index: int, policy: keras.DTypePolicy) -> Measurement:
         """Returns what a layer's policy does while all others keep theirs, on the calibration data."""
-        name = f"alone: {self._trial.paths[index]} {policy.name}"
+        name = f"alone: {self._trial.paths[index]} {_text(policy)}"
         found = self._checkpoint.get(name)
         if found is None:
             seconds = None
@@ -102,7 +103,7 @@ class Measuring:
 
     def together(self, policies: Sequence[keras.DTypePolicy]) -> Measurement:
         """Returns what policies for all layers do, on the held-out data."""
-        text = "\n".join(policy.name for policy in policies)
+        text = "\n".join(map(_text, policies))
         name = f"together: {hashlib.sha256(text.encode()).hexdigest()[:24]}"
         found = self._checkpoint.get(name)
         if found is None:
@@ -121,3 +122,8 @@ class Measuring:
     def _compared(self, after: Judged, before: Judged, nbytes, seconds):
         error = Paired.of(after.errors, before.errors) if self._has_errors else None
         return Measurement(nbytes, Paired.of(after.losses, before.losses), error, seconds)
+
+
+def _text(policy):
+    """Returns a policy's name and options: a checkpoint's measurements are of these."""
+    return f"{policy.name} {json.dumps(policy.get_config(), sort_keys=True)}"

@@ -40,11 +40,11 @@ def minimal_map(
         others = {index for index in range(len(layers)) if not accepts(index, default)}
         found.append((default, _cover(keys, others, chosen, accepts), len(others)))
     default, cover, _ = min(found, key=lambda entry: (len(entry[1]), entry[2], entry[0].name))
-    return DTypePolicyMap(default.name, cover)
+    return DTypePolicyMap(default, cover)
 
 
 def _cover(keys, others, chosen, accepts):
-    """Returns key -> policy's name, so that each of the other layers has a rule and none has a wrong one."""
+    """Returns key -> policy, so that each of the other layers has a rule and none has a wrong one."""
     suited = []
     for key, matched in keys.items():
         for policy in dict.fromkeys(chosen[index] for index in sorted(matched & others)):
@@ -53,7 +53,7 @@ def _cover(keys, others, chosen, accepts):
     cover, left = {}, set(others)
     while left:
         key, policy, matched = max(suited, key=lambda entry: (len(entry[2] & left), -_complexity(entry[0])))
-        cover[key] = policy.name
+        cover[key] = policy
         left -= matched
     return cover
 

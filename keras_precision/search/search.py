@@ -13,12 +13,13 @@ from keras_precision.policies.policy_map import layers_matching
 from keras_precision.progress import progress_bar
 from keras_precision.search import allocation, verification
 from keras_precision.search.budget import Amount, Budget
+from keras_precision.search.candidates import known_candidates
 from keras_precision.search.checkpoint import Checkpoint, Measurement, fingerprint
 from keras_precision.search.measuring import SENSITIVITY_SHARE, Clock, Measuring
 from keras_precision.search.minimal_map import minimal_map
 from keras_precision.search.result import LayerChoice, SearchResult, Sensitivity, Verified
 from keras_precision.search.samples import Samples, loss_function
-from keras_precision.search.trial import Trial, candidate_policy, float_layers, require_float_model
+from keras_precision.search.trial import Trial, float_layers, require_float_model
 
 CANDIDATES = (*SEARCHED, "bfloat16")
 Policies = tuple[keras.DTypePolicy, ...]
@@ -78,7 +79,8 @@ def search_policy(
         loss: `keras.Loss`, its name, or a function of targets and outputs
             (lower is better); None takes the model's compiled one.
         candidates: policies, their names, or bare formats, which take a
-            layer's own policy as their source.
+            layer's own policy as their source. A float8 policy keeps weights
+            as they are, so it is a candidate only where seconds count.
         budget: a `Budget`, a dict of its arguments, or an amount of loss: a
             number, or `"1%"` of the model's loss.
         minimize: "bytes" (the default) or "seconds" of a prediction under a
@@ -117,7 +119,7 @@ def search_policy(
     counts_time = _counts_time(budget, minimize)
     if not 0.5 < confidence < 1:
         raise ValueError(f"Expected confidence between 0.5 and 1. Received: confidence={confidence}. Pass 0.95.")
-    candidates = _known(candidates)
+    candidates = known_candidates(candidates, counts_time)
     calibration, held_out = _split(x, y, validation_data, batch_size, seed)
     measure_loss = loss_function(model, loss)
     clock = Clock(time_limit)
@@ -153,19 +155,6 @@ def _counts_time(budget, minimize):
             f"Expected minimize to be one of {allowed} under a bound of {budget.name}. Received: minimize={minimize!r}."
         )
     return minimize == "seconds" or budget.name == "max_seconds"
-
-
-def _known(candidates):
-    """Returns the candidates in order, each once, each known."""
-    if isinstance(candidates, str) or not isinstance(candidates, Iterable):
-        raise TypeError(f"Expected a sequence of candidates. Received: {candidates!r}. Pass ({candidates!r},).")
-    found = {}
-    for candidate in candidates:
-        candidate_policy(candidate, keras.DTypePolicy("float32"))
-        found.setdefault(getattr(candidate, "name", candidate), candidate)
-    if not found:
-        raise ValueError("Expected at least one candidate. Received: none. Leave the argument out for the usual ones.")
-    return list(found.values())
 
 
 def _split(x, y, validation_data, batch_size, seed):
@@ -212,7 +201,9 @@ class _Space:
             raise ValueError(
                 "Expected candidates that can change at least one layer. "
                 f"Received: {list(candidates)}, which leave all as they are. "
-                "Pass a quantized format for Dense, Embedding or convolutional layers, or 'bfloat16'."
+                "Pass a quantized format for Dense, Embedding or convolutional layers, or 'bfloat16'; float8 takes "
+                "Dense and EinsumDense layers of 2,048 rows and columns or more, or of the "
+                "QuantizedFloat8DTypePolicy's min_features."
             )
 
     @property

@@ -14,15 +14,15 @@ import numpy as np
 
 from keras_precision import _bridge, _bridge_variables, dtypes, hardware
 from keras_precision.formats import Codec
-from keras_precision.layers import convert
+from keras_precision.layers import convert, float8
 from keras_precision.layers.quantized import commit as store_quantized
 from keras_precision.layers.quantized import has_sites, is_quantized, prepare, restore
 from keras_precision.policies import registry
-from keras_precision.policies.names import split_quantized
 from keras_precision.policies.policy import float_name
 from keras_precision.policies.policy_map import DTypePolicyMap
-from keras_precision.policies.quantized import QuantizedDTypePolicy, quantized_policy
+from keras_precision.policies.quantized import QuantizedDTypePolicy
 from keras_precision.policies.resolve import attached
+from keras_precision.search.candidates import candidate_policy
 
 # Predictions of one batch, of which the fastest counts.
 TIMED_CALLS = 10
@@ -39,7 +39,7 @@ def require_float_model(model) -> None:
 
     Raises:
         TypeError: it is no model.
-        ValueError: it is not built, or holds quantized layers.
+        ValueError: it is not built, or holds quantized layers or such as multiply in 8 bits.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a Keras model. Received: {model!r} (of type {type(model).__name__}).")
@@ -51,33 +51,11 @@ def require_float_model(model) -> None:
             raise ValueError(
                 f"Layer '{path}' is quantized already ('{layer.dtype_policy.name}'). Search on the float model."
             )
-
-
-def candidate_policy(candidate, base: keras.DTypePolicy) -> keras.DTypePolicy:
-    """Returns the policy that a candidate means for a layer.
-
-    Args:
-        candidate: a policy, its name, or a bare format, which takes the
-            layer's own policy for its source.
-        base: the layer's policy now.
-
-    Raises:
-        ValueError: unknown, a map, a format without an implementation, or no float policy.
-    """
-    try:
-        bare = split_quantized(candidate) if isinstance(candidate, str) else None
-        is_bare = bare is not None and bare[1] is None
-        policy = quantized_policy(bare[0], float_name(base)) if is_bare else registry.get(candidate)
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"Expected candidates that are policies or formats. Received: {candidate!r}. {e}") from e
-    is_stored = isinstance(policy, QuantizedDTypePolicy) and isinstance(policy.format, Codec)
-    is_float = policy.quantization_mode is None and keras.backend.is_float_dtype(policy.compute_dtype)
-    if candidate is None or isinstance(policy, keras.dtype_policies.DTypePolicyMap) or not (is_stored or is_float):
-        raise ValueError(
-            f"Expected candidates that are float policies or quantized formats that this release implements. "
-            f"Received: {candidate!r}. Pass names such as 'bfloat16' or formats of keras_precision.formats.FORMATS."
-        )
-    return policy
+        if float8.is_float8(layer):
+            raise ValueError(
+                f"Layer '{path}' multiplies in 8 bits already ('{layer.dtype_policy.name}'), and a search starts from float "
+                "policies. Call keras_precision.dequantize(model) first; the weights stay as they are."
+            )
 
 
 class Trial:
@@ -98,8 +76,8 @@ class Trial:
     def __init__(self, model: keras.Model, x):
         self._originals = float_layers(model)
         self.paths = [_bridge.layer_path(layer) for layer in self._originals]
-        # Ours, which are equal to Keras's and hashable.
-        self.bases = [registry.get(attached(layer).name) for layer in self._originals]
+        # Ours, which are equal to Keras's and hashable; of a quantized policy that changes nothing, its source.
+        self.bases = [registry.get(float_name(attached(layer))) for layer in self._originals]
         self.model = _copy(model, x)
         self._layers = float_layers(self.model)
         for index in range(len(self._layers)):
@@ -112,11 +90,9 @@ class Trial:
         return [index for index, layer in enumerate(self._layers) if _bridge.own_variables(layer)]
 
     def policy_for(self, index: int, candidate) -> keras.DTypePolicy | None:
-        """Returns what a candidate means for a layer; None where it can't store its weights otherwise."""
+        """Returns what a candidate means for a layer; None where it would do nothing that its source doesn't."""
         policy = candidate_policy(candidate, self.bases[index])
-        if isinstance(policy, QuantizedDTypePolicy) and not has_sites(self._originals[index]):
-            return None
-        return None if policy == self.bases[index] else policy
+        return None if policy == self.bases[index] or self._is_source_enough(index, policy) else policy
 
     def uniform_policy(self, index: int, candidate) -> keras.DTypePolicy:
         """Returns what a layer does under a candidate that the whole model is given."""
@@ -124,8 +100,13 @@ class Trial:
         return self._effective(index, policy)
 
     def _effective(self, index, policy):
-        is_source_enough = isinstance(policy, QuantizedDTypePolicy) and not has_sites(self._originals[index])
-        return policy.source_policy if is_source_enough else policy
+        return policy.source_policy if self._is_source_enough(index, policy) else policy
+
+    def _is_source_enough(self, index, policy):
+        if not isinstance(policy, QuantizedDTypePolicy):
+            return False
+        layer = self._originals[index]
+        return not (float8.can_follow(layer, policy) if float8.is_asked(policy) else has_sites(layer))
 
     def bytes_of(self, index: int) -> int:
         """Returns the bytes of a layer's own weights as they are now."""
@@ -153,7 +134,7 @@ class Trial:
 
     def _give(self, index, policy):
         layer = self._layers[index]
-        if isinstance(policy, QuantizedDTypePolicy):
+        if isinstance(policy, QuantizedDTypePolicy) and isinstance(policy.format, Codec):
             store_quantized(prepare(layer, policy.format))
         convert.change_policy(layer, policy)
         self._given[index] = policy

@@ -12,6 +12,7 @@ import pytest
 
 import keras_precision as kp
 from keras_precision.cli import digits
+from keras_precision.layers.float8 import is_float8
 from keras_precision.policies.resolve import attached
 from keras_precision.search import measuring as measuring_module
 from keras_precision.search import verification
@@ -195,6 +196,37 @@ def test_seconds_are_measured(small):
     assert result.chosen.seconds == min(point.seconds for point in result.verified if point.is_within)
 
 
+def test_float8_is_searched_where_seconds_count(small, monkeypatch):
+    monkeypatch.setattr(Trial, "seconds", lambda self, x: 9.0 - sum(map(is_float8, self.model.layers)))  # as if faster
+    model, x, y = small
+    arguments = {"loss": "mse", "budget": "5%", "minimize": "seconds"}
+    result = kp.search_policy(model, x, y, candidates=("mixed_bfloat16", float8()), **arguments)
+    assert (result.chosen.seconds, result.before.seconds) == (7.0, 9.0)
+    assert {row.policy for row in result.sensitivities if "head" in row.path} == {"mixed_bfloat16"}  # 4 columns
+    assert not any(is_float8(layer) for layer in model.layers)
+    before = kp.summary(model).bytes
+    result.apply(model)
+    assert [is_float8(layer) for layer in model.layers] == [True, True, False]
+    assert model.layers[0].dtype_policy == float8()  # its min_features too
+    assert kp.summary(model).bytes == result.bytes_after == before
+
+
+@pytest.mark.parametrize("mode", ["float8", "float8/delayed"])
+def test_float8_layers_are_put_back(small, mode):
+    model, x, _ = small
+    trial = Trial(model, x)
+    classes, nbytes = [type(layer) for layer in trial.model.layers], trial.bytes
+    index = next(i for i in trial.places() if trial.policy_for(i, float8(mode)) is not None)
+    trial.give({index: trial.policy_for(index, float8(mode))})
+    assert sum(map(is_float8, trial.model.layers)) == 1
+    assert (trial.bytes > nbytes) == (mode == "float8/delayed")  # which keeps amax histories
+    assert not np.array_equal(trial.model.predict(x, verbose=0), model.predict(x, verbose=0))
+    trial.give({index: trial.policy_for(index, "nf4")})
+    trial.give({})
+    assert [type(layer) for layer in trial.model.layers] == classes and trial.bytes == nbytes
+    np.testing.assert_array_equal(trial.model.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
 def test_nothing_passes_a_bound_of_zero(small):
     model, x, y = small
     result = kp.search_policy(model, x, y, "mse", candidates=("nf4",), budget=0)
@@ -339,13 +371,24 @@ def test_result_prints_plots_and_is_json(found, tmp_path, capfd):
     assert capfd.readouterr().err == ""  # no progress bar in a pipe
 
 
+def float8(mode="float8", **options):
+    return kp.QuantizedFloat8DTypePolicy(mode, "mixed_bfloat16", **{"min_features": 16, **options})
+
+
+def in_float8():
+    return keras.Sequential([keras.Input((64,)), keras.layers.Dense(64, dtype=float8())])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"model": keras.Sequential([keras.layers.Dense(2)])}, ValueError, "is not built"),
         ({"model": "model.keras"}, TypeError, "Expected a Keras model"),
         ({"candidates": ("nf5",)}, ValueError, "Received: 'nf5'"),
-        ({"candidates": ("float8",)}, ValueError, "that this release implements"),
+        ({"candidates": ("nf4", "float8_from_mixed_bfloat16")}, ValueError, "keeps weights .* minimize='seconds'"),
+        ({"candidates": ("float8",), "minimize": "seconds"}, ValueError, "float8 takes .* of 2,048 rows"),
+        ({"candidates": (float8(), float8(strict=True)), "minimize": "seconds"}, ValueError, "of different names"),
+        ({"candidates": ("float8",), "minimize": "seconds", "model": in_float8()}, ValueError, r"Call .*dequantize\("),
         ({"candidates": (kp.DTypePolicyMap("float32"),)}, ValueError, "Expected candidates"),
         ({"candidates": ()}, ValueError, "at least one candidate"),
         ({"candidates": "nf4"}, TypeError, r"Pass \('nf4',\)"),
