@@ -3,7 +3,7 @@
 import keras
 
 from keras_precision import _bridge, _bridge_models, _bridge_variables
-from keras_precision.layers import convert, dequantize, quantize
+from keras_precision.layers import convert, dequantize, float8, quantize
 from keras_precision.layers.quantized import is_quantized
 from keras_precision.policies import registry
 from keras_precision.policies.policy_map import DTypePolicyMap
@@ -36,7 +36,7 @@ def copied(model: keras.Model, policy=None) -> keras.Model:
     copy = _twin(model)
     if policy is not None:
         layers = _bridge.flatten_layers(copy)
-        if any(is_quantized(layer) for layer in layers):
+        if any(is_quantized(layer) or float8.is_float8(layer) for layer in layers):
             dequantize(copy)
         if any(isinstance(one, QuantizedDTypePolicy) for one in registry.policies_of(policy)):
             quantize(copy, policy, verbose=0)

@@ -395,6 +395,24 @@ def test_quantized_models_and_policies():
     assert layer(kp.audit(model, x, policy="mixed_bfloat16"), "body").policy == "mixed_bfloat16"
 
 
+@pytest.mark.parametrize("mode", ["float8", "float8/row", "float8/delayed"])
+def test_float8_models_and_policies(mode):
+    model = keras.Sequential([keras.Input((64,)), layers.Dense(64, name="body"), layers.Dense(4, name="head")], name="net")
+    policy = kp.QuantizedFloat8DTypePolicy(mode, "mixed_bfloat16", min_features=16)
+    x, y = inputs(width=64), inputs(width=4)
+    report, plain = (kp.audit(model, x, y, loss="mse", policy=p) for p in (policy, "mixed_bfloat16"))
+    assert report.findings == ()
+    assert [layer(report, name).policy for name in ("body", "head")] == [policy.name, "mixed_bfloat16"]  # 4 columns
+    assert 20 < layer(report, "body").sqnr_db < layer(plain, "body").sqnr_db - 10
+    kp.quantize(model, policy, verbose=0)
+    own, again = (kp.audit(model, x, y, loss="mse", policy=p) for p in (None, policy))
+    for name in ("body", "head"):
+        assert layer(own, name) == layer(again, name) == layer(report, name)
+    assert layer(kp.audit(model, x, y, loss="mse", policy="mixed_bfloat16"), "body") == layer(plain, "body")
+    with pytest.raises(ValueError, match=r"min_features=2048\. Pass"):
+        kp.audit(model, x, policy="float8_from_mixed_bfloat16")
+
+
 def test_memory_of_weights_gradients_and_optimizer_is_what_they_take():
     model = small()
     model.compile("adam", "mse")
