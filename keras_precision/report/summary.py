@@ -13,8 +13,8 @@ from rich.text import Text
 
 from keras_precision import _bridge, policies
 from keras_precision.dtypes import measured_bytes
-from keras_precision.policies.registry import output_dtype
 from keras_precision.layers.float8 import is_float8
+from keras_precision.policies.registry import output_dtype
 from keras_precision.rich_text import RichText
 
 
