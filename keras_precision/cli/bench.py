@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,8 @@ from keras_precision import dtypes, hardware, policies
 from keras_precision.cli.output import bad_input, show, takes_json
 from keras_precision.formats.searched import SEARCHED
 from keras_precision.kernels.compiled import compiled
+from keras_precision.layers import float8
 from keras_precision.layers.quantized import is_quantized
-from keras_precision.policies.quantized import QuantizedDTypePolicy
 from keras_precision.progress import progress_bar
 
 BASE = "float32"
@@ -112,9 +113,14 @@ def _names(text):
 def _measure(name, size, samples) -> PolicyTimes:
     policy = policies.get(name)
     layer = keras.layers.Dense(size, use_bias=False, dtype=policy)
-    model = keras.Sequential([keras.Input((size,), dtype="float32"), layer])
-    if isinstance(policy, QuantizedDTypePolicy) and not is_quantized(layer):
-        raise ValueError(f"Expected policies that this release implements. Received: {name!r}.")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* computes in .*, not in", hardware.PrecisionWarning)  # refused below
+        model = keras.Sequential([keras.Input((size,), dtype="float32"), layer])
+    if float8.is_asked(policy) and not float8.is_float8(layer):
+        raise ValueError(
+            f"Expected a size that '{policy.name}' multiplies in 8 bits. Received: --size {size}: "
+            f"{float8.obstacle(layer, policy)}. Pass --size {policy.min_features}."
+        )
     generator = np.random.default_rng(0)
     trainable = [variable.value for variable in layer.trainable_variables]
     fixed = [variable.value for variable in layer.non_trainable_variables]

@@ -11,7 +11,7 @@ import keras
 
 from keras_precision import _bridge, policies
 from keras_precision.files import written_whole
-from keras_precision.formats import FORMATS, Codec
+from keras_precision.formats import FORMATS
 from keras_precision.layers import convert
 from keras_precision.policies.names import split_quantized
 from keras_precision.policies.policy import float_name
@@ -38,7 +38,7 @@ def read_policy(text: str, model: keras.Model, option: str = "--policy") -> kera
         is_bare = bare is not None and bare[1] is None
         return _by_layer(text, model) if is_bare else policies.get(text)
     except (TypeError, ValueError) as error:
-        formats = ", ".join(name for name, entry in FORMATS.items() if isinstance(entry, Codec))
+        formats = ", ".join(FORMATS)
         raise click.BadParameter(
             f"Expected a policy's name or a format, one of {formats}. Received: {text!r}.", param_hint=option
         ) from error

@@ -23,7 +23,7 @@ from keras_precision.layers.quantized import (
 )
 from keras_precision.policies import registry
 from keras_precision.policies.policy_map import DTypePolicyMap, layers_matching
-from keras_precision.policies.quantized import QuantizedDTypePolicy
+from keras_precision.policies.quantized import MULTIPLE_OF_FEATURES, QuantizedDTypePolicy
 from keras_precision.policies.resolve import attached
 from keras_precision.progress import progress_bar
 from keras_precision.rich_text import RichText
@@ -137,7 +137,11 @@ def quantize(model: keras.Layer, policy, skip: Iterable = (), verbose: int = 1) 
         raise ValueError(
             f"Expected a policy that quantizes at least one layer with a weight to quantize. Received: {policy!r}, by "
             "which none is. `DTypePolicyMap.explain(model)` shows which rule decides for each layer."
-            + "".join(f" {found[0].upper()}{found[1:]}." for found in list(obstacles.values())[:1])
+            + "".join(
+                f" {found[0].upper()}{found[1:]}. Pass a QuantizedFloat8DTypePolicy with min_features={MULTIPLE_OF_FEATURES} "
+                "to multiply by all weights that 8-bit products can have."
+                for found in list(obstacles.values())[:1]
+            )
         )
     before = {id(layer): dtypes.measured_bytes(_bridge.own_variables(layer)) for layer in layers}
     prepared, errors = {}, {}

@@ -25,6 +25,7 @@ def test_audit_prints_writes_a_page_and_json(run, workplace):
     ("arguments", "expected"),
     [
         ((*AUDIT, "--policy", "mixed_float17"), "mixed_float17"),
+        ((*AUDIT, "--policy", "float8_from_mixed_bfloat16"), "min_features=2048. Pass"),
         ((*AUDIT, "--html", "page.txt"), "ends in .html"),
         (("audit", "model.keras", "--data", "empty.npz"), "Expected arrays"),
     ],

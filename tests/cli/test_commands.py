@@ -186,10 +186,12 @@ def quantized(*options, output="small.keras"):
         (("summary",), "Missing argument 'MODEL'"),
         (("summary", "model.keras", "--custom-objects", "nowhere.to.be.found"), "--custom-objects"),
         (("summary", "model.keras", "--custom-objects", "broken.py"), "nothing_of_that_name"),
-        (quantized("nf5"), "one of fp4"),
+        (quantized("nf5"), "one of float8, fp4"),
         (quantized("float32"), "Expected a quantized policy"),
         (quantized("policy.json"), "which holds none"),
         (quantized("nowhere.json"), "nowhere.json"),
+        (quantized("float8_from_mixed_bfloat16"), "min_features=2048. Pass"),
+        (search_on("validation.npz", "--candidates", "float8"), "keeps weights as they are"),
         (quantized("nf4", "--skip", "tail"), "tail"),
         (quantized("nf4", output="small.h5"), "ends in .keras"),
         (quantized("nf4", output="nowhere/small.keras"), "a directory that exists"),
@@ -211,7 +213,7 @@ def quantized(*options, output="small.keras"):
         (search_on("validation.npz", "--plot", "front.txt"), "ends in .png"),
         (("bench", "--policies", "nf5"), "nf5"),
         (("bench", "--policies", ","), "at least one policy"),
-        (("bench", "--policies", "float8"), "float8"),
+        (("bench", "--policies", "float8"), "Pass --size 2048"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(run, bad_files, arguments, expected):
@@ -309,3 +311,25 @@ def test_a_bare_format_keeps_what_the_model_computes_in(run, tmp_path, monkeypat
     done = run("quantize", "model.keras", "--policy", "nf4", "-o", "small.keras")
     assert done.exit_code == 0, done.stderr
     assert "nf4_from_mixed_bfloat16" in run("summary", "small.keras").stdout
+
+
+def test_float8_policies_keep_weights(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64, name="body"), keras.layers.Dense(4)])
+    model.save("model.keras")
+    Path("float8.json").write_text(json.dumps(kp.serialize(kp.QuantizedFloat8DTypePolicy("float8", min_features=16))))
+    done = run("quantize", "model.keras", "--policy", "float8", "-o", "small.keras")
+    assert done.exit_code == 2 and "min_features=2048" in done.stderr and not Path("small.keras").exists()
+    done = run("quantize", "model.keras", "--policy", "float8.json", "-o", "float8.keras", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["bytes_after"] == report["bytes_before"] == kp.summary(model).bytes
+    assert [layer.dtype_policy.name for layer in models_module.load_model(Path("float8.keras")).layers] == [
+        "float8_from_float32",
+        "float32",
+    ]
+    np.savez("data.npz", x=np.ones((20, 64), "float32"), y=np.ones((20, 4), "float32"))
+    done = run("audit", "model.keras", "--data", "data.npz", "--loss", "mse", "--policy", "float8.json", "--json")
+    assert done.exit_code == 0, done.stderr
+    policies = {row["path"].split("/")[-1]: row["policy"] for row in json.loads(done.stdout)["layers"]}
+    assert policies["body"] == "float8_from_float32"
