@@ -21,7 +21,8 @@ def test_docstring_examples(name):
     assert failed == 0, "the examples printed above gave other results"
 
 
-def test_readme_examples():
+def test_readme_examples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for the files that they write
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert blocks
     names = {}
