@@ -12,7 +12,8 @@ from keras_precision.report.result import Finding, Severity
 
 # Below this the error is a third of the signal, and outputs change in kind. 4-bit weights alone give about 20 dB.
 LOW_SQNR_DB = 10.0
-# A quarter of the gradients of a weight that round to 0. Healthy ones lose up to a few in a hundred: see the tests.
+# A quarter of the gradients of a layer's weights that round to 0. Of the healthy models of the tests none loses one in
+# 100,000 under mixed_float16 with a loss scale of 2**15.
 LOST_GRADIENTS = 0.25
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in messages of Keras
