@@ -11,6 +11,7 @@ import keras
 from keras_precision import _bridge, _bridge_models, dtypes, hardware
 from keras_precision.layers import convert
 from keras_precision.policies import registry, resolve
+from keras_precision.progress import progress_bar
 from keras_precision.report import copies, measure, passes
 from keras_precision.report.alignment import unaligned
 from keras_precision.report.findings import findings_of
@@ -31,6 +32,7 @@ def audit(
     policy: Any = None,
     *,
     batch_size: int | None = 32,
+    verbose: int = 1,
 ) -> Audit:
     """Runs a model once under a policy and once in float32, and returns what differs, overflows and gets lost.
 
@@ -61,6 +63,7 @@ def audit(
             None for the policies that the model has now.
         batch_size: int >= 1, rows that are used, from the first on; None for
             all.
+        verbose: 0 for no progress bar. There is none in a pipe either.
 
     Returns:
         An `Audit`, which prints as a table.
@@ -86,7 +89,8 @@ def audit(
     candidate_policy = copies.as_policy(policy)
     batch = _batch(model, x, y, loss, batch_size)
     rows = keras.tree.flatten(batch.x)[0].shape[0]
-    with _bridge_models.session_kept(), warnings.catch_warnings():
+    with _bridge_models.session_kept(), warnings.catch_warnings(), progress_bar("audit", "passes", verbose) as progress:
+        task = progress.add_task("audit", total=3)  # in float32, under the policy, and recorded as a program
         warnings.filterwarnings(
             "ignore", "Expected a dtype that this device", hardware.PrecisionWarning
         )  # it's reported
@@ -96,11 +100,14 @@ def audit(
         names = [resolve(layer).name for layer in _bridge.flatten_layers(candidate)]
         judged = measure.judged_dtypes(candidate)
         reference = _reference(reference_copy, judged, batch)
+        progress.advance(task)
         settled = reference.settled_scale(scale)
         if settled < scale:
             source = f"{source}, brought down from {scale:g} until no gradient overflows"
         measured = _measured(candidate, reference, batch, settled)
+        progress.advance(task)
         program = traced(candidate, batch)
+        progress.advance(task)
         memory = estimate(program, weights, optimizer, rows)
         dimensions = [unaligned(layer) for layer in _bridge.flatten_layers(candidate)]
     originals = _bridge.flatten_layers(model)

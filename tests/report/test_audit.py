@@ -485,6 +485,16 @@ def test_models_that_cannot_be_audited_are_told():
         kp.audit(model, inputs())
 
 
+def test_progress_is_shown_on_terminals(capsys, monkeypatch):
+    kp.audit(small(), inputs(), policy="mixed_bfloat16")
+    assert capsys.readouterr().err == ""  # no progress bar in a pipe
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes any stream for a terminal then
+    kp.audit(small(), inputs(), policy="mixed_bfloat16", verbose=0)
+    assert capsys.readouterr().err == ""
+    kp.audit(small(), inputs(), policy="mixed_bfloat16")
+    assert "3/3" in capsys.readouterr().err
+
+
 def test_to_dict_is_json():
     report = kp.audit(small(), inputs(), inputs(), loss="mse", policy="mixed_float16")
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
