@@ -27,16 +27,14 @@ def example_of(command):
 
 @pytest.fixture(scope="module")
 def launched(trained, tmp_path_factory):
-    """What each command, run as a user runs it, exited with and printed: name -> (status, stdout, stderr)."""
+    """What commands, run as a user runs them, exited with and printed: name -> (status, stdout, stderr)."""
     directory = tmp_path_factory.mktemp("launched")
     for path in trained.iterdir():
         (directory / path.name).symlink_to(path)
     commands = {
         "summary": "summary model.keras",
-        "quantize": "quantize model.keras --policy int8-weight-only -o int8.keras",
         # The example of its help, its bound replaced by one that some policy keeps: the last of an option counts.
         "search": f"{example_of(search)} --max-loss-increase 5% --candidates nf4,int8-weight-only --plot front.png",
-        "bench": "bench --size 64 --samples 2 --policies bfloat16,nf4 --json",
     }
     environment = os.environ | {"KERAS_BACKEND": keras.backend.backend(), "PYTHONPATH": str(ROOT)}
     running = {
@@ -69,16 +67,15 @@ def test_summary_as_a_user_runs_it(launched):
     assert "143,656" in stdout.splitlines()[-2]
 
 
-def test_quantize_as_a_user_runs_it(launched, trained):
-    directory, results = launched
-    status, stdout, stderr = results["quantize"]
-    assert status == 0, stderr
-    assert "143,656 bytes before, 37,104 after" in stdout and "Output: int8.keras" in stdout
-    assert "layers" not in stderr  # no progress bar in a pipe
-    small = keras.saving.load_model(directory / "int8.keras")
+def test_quantize_makes_a_smaller_model_that_is_as_good(run, workplace):
+    done = run("quantize", "model.keras", "--policy", "int8-weight-only", "-o", "int8.keras")
+    assert done.exit_code == 0, done.stderr
+    assert "143,656 bytes before, 37,104 after" in done.stdout and "Output: int8.keras" in done.stdout
+    assert "layers" not in done.stderr  # no progress bar in a pipe
+    small = keras.saving.load_model("int8.keras")
     assert kp.summary(small).bytes == 37_104
-    before = accuracy(trained / "model.keras", trained / "validation.npz")
-    assert accuracy(directory / "int8.keras", trained / "validation.npz") >= before - 0.01
+    before = accuracy("model.keras", "validation.npz")
+    assert accuracy("int8.keras", "validation.npz") >= before - 0.01
 
 
 def test_search_as_a_user_runs_it(launched):
@@ -94,10 +91,10 @@ def test_search_as_a_user_runs_it(launched):
     assert "measurements" not in stderr
 
 
-def test_bench_as_a_user_runs_it(launched, backend):
-    status, stdout, stderr = launched[1]["bench"]
-    assert status == 0, stderr
-    report = json.loads(stdout)
+def test_bench_times_products_and_steps(run, backend):
+    done = run("bench", "--size", 64, "--samples", 2, "--policies", "bfloat16,nf4", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
     assert report["hardware"]["backend"] == backend
     entries = {entry["policy"]: entry for entry in report["times"]}
     assert list(entries) == ["float32", "bfloat16", "nf4_from_float32"]
