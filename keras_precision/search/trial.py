@@ -53,8 +53,8 @@ def require_float_model(model) -> None:
             )
         if float8.is_float8(layer):
             raise ValueError(
-                f"Layer '{path}' multiplies in 8 bits already ('{layer.dtype_policy.name}'), and a search starts from float "
-                "policies. Call keras_precision.dequantize(model) first; the weights stay as they are."
+                f"Layer '{path}' multiplies in 8 bits already ('{layer.dtype_policy.name}'), and a search starts from "
+                "float policies. Call keras_precision.dequantize(model) first; the weights stay as they are."
             )
 
 

@@ -400,7 +400,8 @@ def test_quantized_models_and_policies():
 
 @pytest.mark.parametrize("mode", ["float8", "float8/delayed"])
 def test_float8_models_and_policies(mode):
-    model = keras.Sequential([keras.Input((64,)), layers.Dense(64, name="body"), layers.Dense(4, name="head")], name="net")
+    body, head = layers.Dense(64, name="body"), layers.Dense(4, name="head")
+    model = keras.Sequential([keras.Input((64,)), body, head], name="net")
     policy = kp.QuantizedFloat8DTypePolicy(mode, "mixed_bfloat16", min_features=16)
     x, y = inputs(width=64), inputs(width=4)
     report, plain = (kp.audit(model, x, y, loss="mse", policy=p) for p in (policy, "mixed_bfloat16"))
