@@ -12,6 +12,7 @@ from keras import layers, ops
 import keras_precision as kp
 from keras_precision import hardware
 from keras_precision.kernels import float8
+from keras_precision.layers import sites
 from keras_precision.layers.float8 import DELAYED_VARIABLES, is_float8
 from keras_precision.optimizers import Adam8bit
 
@@ -372,12 +373,13 @@ def test_clones_multiply_alike(mode):
         np.testing.assert_array_equal(twin.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
-def test_a_layer_with_another_site():
+def test_a_layer_with_another_site(monkeypatch):
     class Gated(layers.Dense):
         def build(self, input_shape):
             super().build(input_shape)
             self.gate = self.add_weight(shape=(16, 16), name="gate")
 
+    monkeypatch.setattr(sites, "SITES", dict(sites.SITES))  # other tests count what is registered
     kp.register_site(Gated, "gate", contracted=(0,))
     layer = Gated(64, dtype=policy_of(), name="gated")
     layer.build((None, 32))
