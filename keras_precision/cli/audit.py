@@ -12,7 +12,6 @@ from keras_precision.cli.data import load_data, takes_data
 from keras_precision.cli.models import require_output, takes_model
 from keras_precision.cli.output import bad_input, show, takes_json
 from keras_precision.cli.policy_files import read_policy
-from keras_precision.files import written_whole
 
 
 @click.command(
@@ -44,6 +43,5 @@ def audit(
     except (TypeError, ValueError) as error:
         raise bad_input(error, "audit") from error
     if html is not None:
-        with written_whole(html) as partial:
-            report.save_html(partial)
+        report.save_html(html)
     show(report, as_json, page=html)

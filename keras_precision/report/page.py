@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
 import io
-import os
-import pathlib
-import tempfile
 
 from keras_precision.report.result import Audit, LayerAudit
 
@@ -69,27 +65,6 @@ def page_of(audit: Audit) -> str:
         f'<h2>Layers</h2><div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
         "</body></html>\n"
     )
-
-
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file under another name beside it first, so that the file is there whole or as it was."""
-    path = pathlib.Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-def _umask():
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _row(layer: LayerAudit):

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from keras_precision.files import written_whole
 from keras_precision.report.alignment import Dimension
 from keras_precision.report.memory import Memory
 from keras_precision.report.tensor_stats import TensorStats
@@ -132,9 +133,8 @@ class Audit(RichText):
         Args:
             path: of the file; one that exists is replaced.
         """
-        from keras_precision.report.page import write_whole
-
-        write_whole(path, self.to_html())
+        with written_whole(path) as partial:
+            partial.write_text(self.to_html(), encoding="utf-8")
 
     def __rich__(self) -> Group:
         return Group(self._layer_table(), self._memory_line(), *self._finding_lines())

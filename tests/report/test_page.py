@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import keras_precision as kp
-from keras_precision.report import page
+from keras_precision import files
 
 NAME = "a<script>alert(1)</script>&'\"$x_1$"
 VOID = {"meta", "img", "br", "link"}
@@ -100,7 +100,7 @@ def test_a_page_is_written_whole_or_not_at_all(report, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("full")
 
-    monkeypatch.setattr(page.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="full"):
         report.save_html(path)
     assert [one.name for one in tmp_path.iterdir()] == ["audit.html"]
