@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
-from keras.src.backend.common.variables import AutocastScope
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.common.stateless_scope import in_stateless_scope as in_stateless_scope
+from keras.src.backend.common.variables import AutocastScope
 
 
 def value_of(variable: keras.Variable) -> Any:

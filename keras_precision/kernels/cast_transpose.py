@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from keras_precision.kernels.compiled import jitted
+from keras_precision.kernels.device import MOST_PROGRAMS_ON_AN_AXIS
 
 TILE = (64, 128)
 """Rows and columns that one program rounds: 2.3 to 2.6 TB/s on an H100, of bfloat16 and of float32."""
 _WARPS = 4
-_MOST_PROGRAMS_ON_AN_AXIS = 65535  # CUDA's limit for all axes of a grid but the first
 
 
 def can_run(shape: tuple[int, int]) -> bool:
     """Returns whether a matrix is made of whole tiles, and not of too many."""
     rows, columns = shape
     is_whole = rows > 0 and not (rows % TILE[0] or columns % TILE[1])
-    return is_whole and columns // TILE[1] <= _MOST_PROGRAMS_ON_AN_AXIS
+    return is_whole and columns // TILE[1] <= MOST_PROGRAMS_ON_AN_AXIS
 
 
 def cast_transpose(x, scale, dtype: str, largest: float, interpret: bool = False):

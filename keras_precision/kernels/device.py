@@ -6,6 +6,9 @@ import importlib.util
 import re
 from typing import Any
 
+MOST_PROGRAMS_ON_AN_AXIS = 65535
+"""CUDA's limit for all axes of a grid of programs but the first."""
+
 
 def default() -> Any:
     """Returns the device that JAX computes on by default."""

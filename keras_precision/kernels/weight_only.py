@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 from keras_precision.kernels import nibbles
 from keras_precision.kernels.compiled import jitted
+from keras_precision.kernels.device import MOST_PROGRAMS_ON_AN_AXIS
 
 # Programs that fill an H100, which runs 132 times several at once: 7 for each of its multiprocessors. Measured.
 _PROGRAMS = 896
 # More rows take more programs, of which each expands double-quantized scales (64 rows: 80 us, 50 with float32 scales).
 _LARGEST_BATCH_THAT_EXPANDS = 32
-_MOST_PROGRAMS_ON_AN_AXIS = 65535  # CUDA's limit for all axes of a grid but the first
 SCALES_PER_BLOCK = 256
 """Double-quantized scales that share a factor, in the order of the transposed matrix."""
 
@@ -157,7 +157,7 @@ def can_decode(layout: Layout, tile: Tile) -> bool:
     tile = tile.fitted(layout)
     k, n = layout.shape
     is_whole = not (k % layout.codes_per_byte or layout.byte_rows % tile.rows or n % tile.columns)
-    return is_whole and layout.byte_rows // tile.rows <= _MOST_PROGRAMS_ON_AN_AXIS
+    return is_whole and layout.byte_rows // tile.rows <= MOST_PROGRAMS_ON_AN_AXIS
 
 
 def _product(x, codes, scales, *, layout, tile, dtype, result, interpret):

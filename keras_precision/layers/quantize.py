@@ -134,14 +134,16 @@ def quantize(model: keras.Layer, policy, skip: Iterable = (), verbose: int = 1) 
         id(layer): float8.obstacle(layer, p) for layer, p in chosen if float8.is_asked(p) and float8.sites_of(layer)
     }
     if not quantized and all(obstacles.values()):
+        reason = next(iter(obstacles.values()), "")
+        hint = ""
+        if reason:
+            hint = (
+                f" {reason[0].upper()}{reason[1:]}. Pass a QuantizedFloat8DTypePolicy with "
+                f"min_features={MULTIPLE_OF_FEATURES} to multiply by all weights that 8-bit products can have."
+            )
         raise ValueError(
             f"Expected a policy that quantizes at least one layer with a weight to quantize. Received: {policy!r}, by "
-            "which none is. `DTypePolicyMap.explain(model)` shows which rule decides for each layer."
-            + "".join(
-                f" {found[0].upper()}{found[1:]}. Pass a QuantizedFloat8DTypePolicy with min_features={MULTIPLE_OF_FEATURES} "
-                "to multiply by all weights that 8-bit products can have."
-                for found in list(obstacles.values())[:1]
-            )
+            "which none is. `DTypePolicyMap.explain(model)` shows which rule decides for each layer." + hint
         )
     before = {id(layer): dtypes.measured_bytes(_bridge.own_variables(layer)) for layer in layers}
     prepared, errors = {}, {}

@@ -166,7 +166,8 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy, keras.dtype_policies.Quan
         min_features: int = FEATURES_OF_FLOAT8,
         strict: bool = False,
     ):
-        _require_integer("amax_history_length", 1024 if amax_history_length is None else amax_history_length, 1)
+        if amax_history_length is not None:
+            _require_integer("amax_history_length", amax_history_length, 1)
         _require_integer("min_features", min_features, MULTIPLE_OF_FEATURES)
         options = {"_min_features": min_features, "_strict": bool(strict)}
         lora = {"_lora_rank": None, "_lora_alpha": None}
@@ -186,7 +187,7 @@ class QuantizedFloat8DTypePolicy(QuantizedDTypePolicy, keras.dtype_policies.Quan
     @property
     def amax_history_length(self) -> int | None:
         """Steps that delayed scaling looks back; None for other scalings."""
-        return (self._amax_history_length or 1024) if self.format.has_amax_history else None
+        return (self._amax_history_length or self.default_amax_history_length) if self.format.has_amax_history else None
 
     @property
     def min_features(self) -> int:

@@ -68,18 +68,11 @@ def page_of(audit: Audit) -> str:
 
 
 def _row(layer: LayerAudit):
-    tensors = layer.tensors
-    gradients = tensors.get("weight_gradients", tensors.get("activation_gradients"))
-    exponents = [
-        "" if stats is None or not stats.histogram else "{}..{}".format(*stats.exponent_range)
-        for stats in (tensors.get("weights"), tensors.get("activations"), gradients)
-    ]
     shares = [
-        f"{max((getattr(stats, name) for stats in tensors.values()), default=0):.2%}"
+        f"{max((getattr(stats, name) for stats in layer.tensors.values()), default=0):.2%}"
         for name in ("overflow", "underflow", "subnormal")
     ]
-    sqnr = "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}"
-    cells = (layer.path, layer.class_name, layer.policy, layer.compute_dtype, *exponents, *shares, sqnr)
+    cells = (layer.path, layer.class_name, layer.policy, layer.compute_dtype, *layer.exponents, *shares, layer.sqnr)
     return (
         "<tr>"
         + "".join(f"<td>{_text(cell)}</td>" for cell in (*cells, f"{layer.casts:,}", f"{layer.cast_bytes:,}"))

@@ -166,11 +166,11 @@ class _JaxReader:
                 )
 
     def _value(self, variable, known):
-        if variable not in known if not _is_literal(variable) else True:
-            number = self._number((math.prod(variable.aval.shape), _itemsize(variable.aval.dtype)))
-            if _is_literal(variable):
-                return number
-            known[variable] = number
+        size = math.prod(variable.aval.shape), _itemsize(variable.aval.dtype)
+        if _is_literal(variable):  # can't be looked up
+            return self._number(size)
+        if variable not in known:
+            known[variable] = self._number(size)
         return known[variable]
 
     def _number(self, size):

@@ -66,6 +66,17 @@ class LayerAudit:
     cast_bytes: int
     unaligned: tuple[Dimension, ...]
 
+    @property
+    def exponents(self) -> tuple[str, str, str]:
+        """Between which exponents weights, activations and gradients lie, as text; "" without values."""
+        gradients = self.tensors.get("weight_gradients", self.tensors.get("activation_gradients"))
+        return tuple(map(_range, (self.tensors.get("weights"), self.tensors.get("activations"), gradients)))
+
+    @property
+    def sqnr(self) -> str:
+        """The ratio in dB as text; "" where there is none."""
+        return "" if self.sqnr_db is None else f"{self.sqnr_db:.1f}"
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Audit(RichText):
@@ -148,10 +159,7 @@ class Audit(RichText):
         for layer in self.layers:
             if not layer.tensors and not layer.casts:
                 continue
-            gradients = layer.tensors.get("weight_gradients", layer.tensors.get("activation_gradients"))
-            ranges = map(_range, (layer.tensors.get("weights"), layer.tensors.get("activations"), gradients))
-            sqnr = "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}"
-            numbers = (*ranges, sqnr, f"{layer.casts:,}", f"{layer.cast_bytes:,}")
+            numbers = (*layer.exponents, layer.sqnr, f"{layer.casts:,}", f"{layer.cast_bytes:,}")
             table.add_row(*map(Text, (layer.path, layer.class_name, layer.compute_dtype, *numbers)))
         return table
 
