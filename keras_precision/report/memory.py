@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 
@@ -58,10 +59,31 @@ def _most_live(program: Program) -> tuple[int, int]:
     A value is stored from the operation that makes it to the last one that reads it. Not all are stored: XLA computes
     elementwise operations within those that read them, in the backward pass again, so such a value counts only where an
     operation that does not compute its operands itself, a product for instance, reads it. What it is computed from
-    counts for as long as it is needed to do so. Arguments count as weights. Operations run in the order in which they
-    were recorded.
+    counts for as long as it is needed to do so. Costly functions are not computed again once a product has run between:
+    GELU's erf and its derivative's exp are kept by the forward pass. Arguments count as weights. Operations run in the
+    order in which they were recorded.
     """
     stored = _stored(program)
+    costly = {value for op in program.operations if op.behaviour == "costly" for value in op.outputs} - stored
+    first, last, _ = _lives(program, stored | costly)
+    products = [time for time, op in enumerate(program.operations) if op.behaviour == "stores"]
+    kept = {v for v in costly if bisect.bisect_left(products, last[v]) > bisect.bisect_right(products, first[v])}
+    first, last, sources = _lives(program, stored | kept)
+    results = {source for value in program.results for source in sources.get(value, ())}
+    return tuple(
+        _peak(
+            [
+                (program.bytes_of(v), first[v], end if v in results else last[v])
+                for v in first
+                if keeps or v not in results
+            ]
+        )
+        for keeps, end in ((False, 0), (True, len(program.operations)))
+    )
+
+
+def _lives(program, stored):
+    """Returns when each stored value is made and last read, and the stored values that each value is computed from."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     sources: dict[int, frozenset[int]] = {}
@@ -76,17 +98,7 @@ def _most_live(program: Program) -> tuple[int, int]:
                 first[value] = last[value] = time
             else:
                 sources[value] = read
-    results = {source for value in program.results for source in sources.get(value, ())}
-    return tuple(
-        _peak(
-            [
-                (program.bytes_of(v), first[v], end if v in results else last[v])
-                for v in first
-                if keeps or v not in results
-            ]
-        )
-        for keeps, end in ((False, 0), (True, len(program.operations)))
-    )
+    return first, last, sources
 
 
 def _peak(intervals):

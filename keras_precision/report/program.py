@@ -14,14 +14,25 @@ from keras_precision.report import passes
 from keras_precision.report.recorder import Recorder
 
 # How an operation stands to memory once XLA has compiled the step. "cheap": computed within the operations that read
-# it, again where need be, and stored only for one that reads stored operands. "alias": the same bytes in another shape.
-# "reduces": stores its result, computes cheap operands itself. "stores": stores its result and reads stored operands.
-Behaviour = Literal["cheap", "alias", "reduces", "stores"]
+# it, again where need be, and stored only for one that reads stored operands. "costly": like that, but not again on the
+# other side of one that stores. "alias": the same bytes in another shape. "reduces": stores its result, computes cheap
+# operands itself. "stores": stores its result and reads stored operands.
+Behaviour = Literal["cheap", "costly", "alias", "reduces", "stores"]
 
 _BEHAVIOURS: dict[str, tuple[str, ...]] = {
     "alias": (
         "reshape squeeze expand_dims transpose copy copy_p stop_gradient optimization_barrier pvary",
         "Reshape Squeeze ExpandDims Transpose Identity StopGradient IdentityN ReadVariableOp",
+    ),
+    "costly": (
+        (
+            "exp exp2 expm1 log log1p logistic tanh erf erfc erf_inv sin cos tan asin acos atan atan2 sinh cosh asinh acosh "
+            "atanh pow cbrt lgamma digamma"
+        ),
+        (
+            "Exp Expm1 Log Log1p Sigmoid Tanh Erf Erfc Erfinv Sin Cos Tan Asin Acos Atan Atan2 Sinh Cosh Asinh Acosh Atanh Pow "
+            "Lgamma Digamma Softplus Elu Selu"
+        ),
     ),
     "reduces": (
         (
