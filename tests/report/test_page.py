@@ -4,6 +4,8 @@ import builtins
 import dataclasses
 import html.parser
 import re
+import shutil
+import subprocess
 
 import keras
 import numpy as np
@@ -14,6 +16,7 @@ from keras_precision import files
 
 NAME = "a<script>alert(1)</script>&'\"$x_1$"
 VOID = {"meta", "img", "br", "link"}
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 class Reader(html.parser.HTMLParser):
@@ -104,3 +107,18 @@ def test_a_page_is_written_whole_or_not_at_all(report, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         report.save_html(path)
     assert [one.name for one in tmp_path.iterdir()] == ["audit.html"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_a_browser_shows_the_page_offline(report, tmp_path):
+    path, shot = tmp_path / "audit.html", tmp_path / "audit.png"
+    report.save_html(path)
+    offline = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    where = [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,1500", f"--screenshot={shot}"]
+    done = subprocess.run([BROWSER, *offline, *where, path.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr  # where Chromium logs what a page gets wrong
+    from matplotlib.image import imread
+
+    rows = imread(shot)[..., :3].mean(axis=(1, 2))
+    assert (rows < 0.995).mean() > 0.3, "a page of text, tables and plots is not blank"
