@@ -31,6 +31,8 @@ from keras_precision.policies import (
     set_global_policy,
 )
 from keras_precision.report.audit import audit
+from keras_precision.report.blame import Blame, NonFiniteError, blame
+from keras_precision.report.blame_callback import BlameCallback
 from keras_precision.report.result import Audit, Finding, LayerAudit
 from keras_precision.report.summary import summary
 from keras_precision.search import Budget, SearchResult, search_policy
@@ -47,17 +49,21 @@ __version__ = "0.1.0"
 __all__ = [
     "SAFE_LAYERS",
     "Audit",
+    "Blame",
+    "BlameCallback",
     "Budget",
     "DTypePolicy",
     "DTypePolicyMap",
     "Finding",
     "FloatDTypePolicy",
     "LayerAudit",
+    "NonFiniteError",
     "QuantizationReport",
     "QuantizedDTypePolicy",
     "QuantizedFloat8DTypePolicy",
     "SearchResult",
     "audit",
+    "blame",
     "dequantize",
     "deserialize",
     "dtype_policy",

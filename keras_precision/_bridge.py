@@ -67,6 +67,7 @@ PATCH_POINTS = (
     ),
     PatchPoint("Trainer.compile (public)", "reports unmatched rules (D13); wraps optimizers (D1, D2, D9)", "none"),
     PatchPoint("Model.fit (public)", "its logs carry the loss scale; a run that skips every step stops (D7, D8)", "none"),
+    PatchPoint("Model.train_function, while a BlameCallback runs", "keeps the batches of recent steps", "batches in logs"),
     PatchPoint("_bridge_optimizers: BaseOptimizer", "schedules count updates, not micro-steps (D25)", "as above"),
     PatchPoint("BaseOptimizer.load_own_variables (public)", "reads files whose states are packed", "none"),
     PatchPoint(

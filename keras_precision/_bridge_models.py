@@ -62,9 +62,9 @@ def build_for(model: keras.Model, x: Any, y: Any) -> None:
     model._symbolic_build(data_batch=(x, y))
 
 
-def loss_of(model: keras.Model, x: Any, y: Any, y_pred: Any) -> Any:
+def loss_of(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
     """Returns the loss that a compiled model trains on: that of its outputs, and those that its layers add."""
-    return model._compute_loss(x, y, y_pred, None, training=True)
+    return model._compute_loss(x, y, y_pred, sample_weight, training=True)
 
 
 def takes_training(model: keras.Layer) -> bool:

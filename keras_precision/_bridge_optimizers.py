@@ -76,7 +76,10 @@ def _install_fit(hooks):
     def fit(self, *args, **kwargs):
         call = signature.bind(self, *args, **kwargs)
         call.arguments["callbacks"] = hooks.fit_callbacks(self, call.arguments.get("callbacks"))
-        return stock_fit(*call.args, **call.kwargs)
+        try:
+            return stock_fit(*call.args, **call.kwargs)
+        finally:
+            hooks.after_fit(self)
 
     keras.Model.fit = fit
 

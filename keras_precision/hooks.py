@@ -27,6 +27,7 @@ class Hooks:
         before_compile: (model, optimizer, auto_scale_loss) -> what of the last two to compile with.
         reads_packed: (file, an optimizer's variables) -> whether the file held packed states and has been read.
         fit_callbacks: (model, callbacks that `fit` got) -> callbacks to fit with.
+        after_fit: called with each model whose `fit` has ended, or failed.
     """
 
     policy_for: Callable[[Any], keras.DTypePolicy | None]
@@ -43,3 +44,4 @@ class Hooks:
     before_compile: Callable[[keras.Model, Any, bool], tuple[Any, bool]]
     reads_packed: Callable[[Any, list], bool]
     fit_callbacks: Callable[[keras.Model, Any], Any]
+    after_fit: Callable[[keras.Model], None]

@@ -1,5 +1,6 @@
 """What the bridge asks of the rest of the package."""
 
+from keras_precision._bridge_training import release
 from keras_precision.attach import wrapped_for
 from keras_precision.hooks import Hooks
 from keras_precision.layers.after_build import after_build
@@ -32,4 +33,5 @@ hooks = Hooks(
     before_compile=_before_compile,
     reads_packed=reads_packed,
     fit_callbacks=monitored,
+    after_fit=release,
 )

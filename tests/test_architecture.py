@@ -33,6 +33,7 @@ LAYERS = (
         "_bridge",
         "_bridge_models",
         "_bridge_optimizers",
+        "_bridge_training",
         "_bridge_variables",
         "rich_text",
         "progress",
@@ -44,7 +45,7 @@ RANKS = {unit: rank for rank, row in enumerate(LAYERS) for unit in row}
 
 # Formats may be named where they are, and in the table of what devices do with dtypes, some of which are formats.
 NAMES_FORMATS = ("formats/*", "hardware/cells.py")
-BRIDGES = ("_bridge.py", "_bridge_models.py", "_bridge_optimizers.py", "_bridge_variables.py")
+BRIDGES = ("_bridge.py", "_bridge_models.py", "_bridge_optimizers.py", "_bridge_training.py", "_bridge_variables.py")
 # Public in spite of the underscore: Keras documents the first, the standard library those of named tuples. All others
 # are Keras's, unless a module of ours other than the bridge defines them.
 DOCUMENTED = {"_keras_mask", "_asdict", "_fields", "_make", "_replace"}

@@ -26,6 +26,7 @@ def test_every_benchmark_is_run_here():
     modules = {"timing", "digits_task", "text_task"}
     assert scripts - modules == set(CASES) | {
         "audit",
+        "blame",
         "quantize",
         "convergence",
         "train_step",
@@ -68,6 +69,20 @@ def test_audit_prints_a_row_for_each_model(backend):
     assert done.returncode == 0, done.stderr
     (row,) = [line for line in done.stdout.splitlines() if line.startswith(f"│ {backend} ")]
     assert float(row.split("│")[4]) > 0
+
+
+def test_blame_prints_a_row_with_the_ratio(backend):
+    small = "--layers 1 --width 16 --heads 2 --vocabulary 32 --length 8 --batch 2 --steps 3 --epochs 1 --policies float32"
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "blame.py", "--backends", backend, *small.split()],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith(f"│ {backend} ")]
+    assert float(row.split("│")[5]) > 0
 
 
 def test_quantize_prints_a_row_for_each_format(backend):

@@ -12,7 +12,7 @@ import keras
 from keras_precision import _bridge, dtypes
 from keras_precision.policies import resolve
 from keras_precision.report import passes
-from keras_precision.report.recorder import Leak, Recorder, value_of
+from keras_precision.report.recorder import Leak, Recorder
 from keras_precision.report.tensor_stats import Counts, Difference, TensorStats, count, difference, stats
 
 KINDS = ("weights", "activations", "activation_gradients", "weight_gradients")
@@ -54,8 +54,8 @@ class Reference:
         self.output_gradients: dict[tuple[int, int, int], Any] = {}
         recorder = Recorder(
             model,
-            on_activation=lambda place, tensor: self.outputs.__setitem__(place, value_of(tensor)),
-            on_gradient=lambda place, tensor: self.output_gradients.__setitem__(place, value_of(tensor)),
+            on_activation=self.outputs.__setitem__,
+            on_gradient=self.output_gradients.__setitem__,
         )
         found = passes.run(model, batch, recorder, 1.0) or []
         self.weight_gradients = dict(zip(passes.trained_names(model), found, strict=False))
@@ -107,8 +107,8 @@ def compare(model: keras.Model, reference: Reference, batch: passes.Batch, loss_
     measured = Measured(loss_scale=loss_scale)
     outside: dict[tuple[int, str], list[int]] = {}
 
-    def note(kind, place, tensor, expected, scale):
-        value, layer = value_of(tensor), place[0]
+    def note(kind, place, value, expected, scale):
+        layer = place[0]
         order = measured.order if kind == "activations" else measured.gradient_order
         if layer not in order:
             order.append(layer)

@@ -11,7 +11,7 @@ from keras_precision.report.result import Audit, LayerAudit
 _STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; color: #1b1f24; }
 table { border-collapse: collapse; } th, td { padding: .2rem .4rem; border-bottom: 1px solid #d8dee4; text-align: right; }
-th:first-child, td:first-child { text-align: left; min-width: 9em; overflow-wrap: anywhere; } thead th { background: #f6f8fa; }
+th:first-child, td:first-child { text-align: left; min-width: 11em; overflow-wrap: anywhere; } thead th { background: #f6f8fa; }
 .scroll { overflow-x: auto; } li.error { color: #a40e26; } li.warning { color: #7d4e00; } li.info { color: #0550ae; }
 img { max-width: 100%; }
 @media (prefers-color-scheme: dark) {

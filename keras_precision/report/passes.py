@@ -16,15 +16,24 @@ class Batch(NamedTuple):
 
     Attributes:
         x: structure of arrays, as the model takes them.
-        y: structure of arrays, as its loss takes them; None to run the forward pass alone, as in inference.
+        y: structure of arrays, as its loss takes them.
         loss: as `compile` takes it.
         loss_weights: likewise.
+        sample_weight: as `fit` takes it.
+        is_trained_on: whether to run the loss and the backward pass; None for whether there is a y.
     """
 
     x: Any
     y: Any = None
     loss: Any = None
     loss_weights: Any = None
+    sample_weight: Any = None
+    is_trained_on: bool | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the pass is one of training, forward and backward, rather than of inference."""
+        return self.y is not None if self.is_trained_on is None else self.is_trained_on
 
 
 def prepare(model: keras.Model, batch: Batch) -> None:
@@ -34,7 +43,7 @@ def prepare(model: keras.Model, batch: Batch) -> None:
         LayerFailed: a layer raised.
     """
     observe(model)
-    if batch.y is not None:
+    if batch.trains:
         model.compile(optimizer=None, loss=batch.loss, loss_weights=batch.loss_weights)
         recorder = Recorder(model)
         with recorder.running(), recorder.failures():
@@ -66,7 +75,8 @@ def run(model: keras.Model, batch: Batch, recorder: Recorder, loss_scale: float)
         loss_scale: what the loss is multiplied by before it is differentiated.
 
     Returns:
-        The gradients of the scaled loss with respect to `trained(model)`, None where there is none; None without targets.
+        The gradients of the scaled loss with respect to `trained(model)`, or the recorder's summaries of them, None where
+        there is none; None without targets.
 
     Raises:
         LayerFailed: a layer raised.
@@ -76,18 +86,22 @@ def run(model: keras.Model, batch: Batch, recorder: Recorder, loss_scale: float)
 
 
 def _forward(model, batch):
-    kwargs = {"training": batch.y is not None} if _bridge_models.takes_training(model) else {}
+    kwargs = {"training": batch.trains} if _bridge_models.takes_training(model) else {}
     return model(keras.tree.map_structure(keras.ops.convert_to_tensor, batch.x), **kwargs)
 
 
 def loss_or_output(model: keras.Model, batch: Batch) -> Any:
     """Returns the float32 loss of a batch, or the outputs where it has no targets."""
-    return _forward(model, batch) if batch.y is None else _loss(model, batch)
+    return _loss(model, batch) if batch.trains else _forward(model, batch)
 
 
 def _loss(model, batch):
-    targets = keras.tree.map_structure(keras.ops.convert_to_tensor, batch.y)
-    return keras.ops.cast(_bridge_models.loss_of(model, batch.x, targets, _forward(model, batch)), "float32")
+    targets, sample_weight = (
+        keras.tree.map_structure(lambda a: None if a is None else keras.ops.convert_to_tensor(a), data)
+        for data in (batch.y, batch.sample_weight)
+    )
+    outputs = _forward(model, batch)
+    return keras.ops.cast(_bridge_models.loss_of(model, batch.x, targets, outputs, sample_weight), "float32")
 
 
 # Rounds where the program says so, which XLA otherwise leaves out between operations that it fuses; and compiles in two
@@ -113,23 +127,28 @@ def _run_jax(model, batch, recorder, loss_scale):
             found = pure(model, lambda: loss_or_output(model, batch))(weight_values, other_values)
         places[:] = collected
         # Without targets there is nothing to differentiate.
-        return (found * loss_scale if batch.y is not None else 0.0), list(collected.values())
+        return (found * loss_scale if batch.trains else 0.0), list(collected.values())
 
     def step(weight_values, other_values):
-        if batch.y is None:
-            return None, [], scaled(weight_values, other_values, None)[1]
+        if not batch.trains:
+            return None, [], recorder.summaries(scaled(weight_values, other_values, None)[1]), 0.0
         probes = [jax.numpy.zeros(shape.shape, shape.dtype) for shape in shapes]  # constants: they take no memory
-        (weight_gradients, output_gradients), outputs = jax.grad(scaled, argnums=(0, 2), has_aux=True)(
-            weight_values, other_values, probes
+        (loss, outputs), (weight_gradients, output_gradients) = jax.value_and_grad(
+            scaled, argnums=(0, 2), has_aux=True
+        )(weight_values, other_values, probes)
+        return (
+            recorder.summaries(weight_gradients),
+            recorder.summaries(output_gradients),
+            recorder.summaries(outputs),
+            loss,
         )
-        return weight_gradients, output_gradients, outputs
 
     arguments = values(model)
     shapes = jax.eval_shape(lambda *v: scaled(*v, None)[1], *arguments)
     if len(shapes) >= _LAYERS_A_SHAPE * len({(shape.shape, shape.dtype) for shape in shapes}):
         return _run_jax_eagerly(model, batch, recorder, loss_scale)
     options = _XLA_OPTIONS if jax.default_backend() == "cpu" else {"xla_allow_excess_precision": False}
-    weight_gradients, output_gradients, outputs = jax.jit(step, compiler_options=options)(*arguments)
+    weight_gradients, output_gradients, outputs, recorder.loss = jax.jit(step, compiler_options=options)(*arguments)
     recorder.tell(places, outputs, output_gradients)
     return weight_gradients
 
@@ -138,10 +157,12 @@ def _run_jax_eagerly(model, batch, recorder, loss_scale):
     import jax
 
     recorder.begin()
-    if batch.y is None:
+    if not batch.trains:
         _forward(model, batch)
         return None
-    return jax.grad(pure(model, lambda: _loss(model, batch) * loss_scale))(*values(model))
+    scaled = pure(model, lambda: _loss(model, batch) * loss_scale)
+    recorder.loss, weight_gradients = jax.value_and_grad(scaled)(*values(model))
+    return recorder.summaries(weight_gradients)
 
 
 def pure(model: keras.Model, loss: Callable[[], Any]) -> Callable[[Sequence[Any], Sequence[Any]], Any]:
@@ -172,14 +193,16 @@ def _run_tensorflow(model, batch, recorder, loss_scale):
     """Runs one operation after the other."""
     import tensorflow as tf
 
-    if batch.y is None:
+    if not batch.trains:
         _forward(model, batch)
         return None
     weights = [v.value for v in trained(model)]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(weights)
         total = _loss(model, batch) * loss_scale
-    return [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(total, weights)]
+    recorder.loss = total
+    gradients = tape.gradient(total, weights)
+    return recorder.summaries([None if g is None else tf.convert_to_tensor(g) for g in gradients])
 
 
 _RUNNERS = {"jax": _run_jax, "tensorflow": _run_tensorflow}

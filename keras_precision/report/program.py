@@ -120,7 +120,7 @@ def _trace_jax(model, batch):
     import jax
 
     function = passes.pure(model, lambda: passes.loss_or_output(model, batch))
-    if batch.y is not None:
+    if batch.trains:
         function = jax.value_and_grad(function)
     with Recorder(model).running():
         closed = jax.make_jaxpr(function)(*passes.values(model))
@@ -224,7 +224,7 @@ def _trace_tensorflow(model, batch):
         return [loss, *(g for g in tape.gradient(loss, weights) if g is not None)]
 
     with Recorder(model).running():
-        graph = tf.function(forward if batch.y is None else both, autograph=False).get_concrete_function().graph
+        graph = tf.function(both if batch.trains else forward, autograph=False).get_concrete_function().graph
     numbers: dict[int, int] = {}
     sizes = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -76,8 +77,11 @@ class Recorder:
         model: a copy that `observe` was called with.
         on_activation: called with (layer, call, output) numbers and the tensor, in the order of computation.
         on_gradient: likewise with the gradient of the loss, in the order in which backpropagation comes to them.
+        summary: what of a tensor those are given in its place; None for all of it.
 
     Attributes:
+        facts: (dtype, elements) of each tensor that was seen.
+        loss: what the pass returned, times the loss scale; 0 where it was one of inference.
         leaks: `Leak`s found.
         failed: layer that raised, and what; None if none did.
     """
@@ -87,11 +91,15 @@ class Recorder:
         model: keras.Model,
         on_activation: Callable[[tuple[int, int, int], Any], None] | None = None,
         on_gradient: Callable[[tuple[int, int, int], Any], None] | None = None,
+        summary: Callable[[Any], Any] | None = None,
     ):
         layers = _bridge.flatten_layers(model)
         self.place_of = {id(layer): place for place, layer in enumerate(layers)}
         self.leaks: list[Leak] = []
         self.failed: tuple[int, Exception] | None = None
+        self.facts: dict[tuple[int, int, int], tuple[str, int]] = {}
+        self.loss: Any = 0.0
+        self._summary = summary
         self._on_activation, self._on_gradient = on_activation, on_gradient
         self._collected: dict[tuple[int, int, int], Any] | None = None
         self._probes: list[Any] | None = None
@@ -128,8 +136,12 @@ class Recorder:
         finally:
             self._collected = self._probes = None
 
+    def summaries(self, tensors: list[Any]) -> list[Any]:
+        """Returns the summary of each tensor, None for None."""
+        return [t if t is None or self._summary is None else self._summary(t) for t in tensors]
+
     def tell(self, places: list[tuple[int, int, int]], outputs: list[Any], gradients: list[Any]) -> None:
-        """Passes on the values of what was collected."""
+        """Passes on the values, or the summaries, of what was collected."""
         for place, output in zip(places, outputs, strict=True):
             if self._on_activation is not None:
                 self._on_activation(place, output)
@@ -185,17 +197,22 @@ class Recorder:
         if self._collected is not None and is_float(tensor):
             probed = tensor if self._probes is None else tensor + self._probes[len(self._collected)]
             self._collected[place] = tensor
+            self._note_facts(place, tensor)
             _bridge_models.carry_mask(tensor, probed)
             return probed
         if not is_float(tensor) or not _is_eager(tensor):
             return tensor
+        self._note_facts(place, tensor)
         if self._on_activation is not None:
-            self._on_activation(place, tensor)
+            self._on_activation(place, *self.summaries([value_of(tensor)]))
         if self._on_gradient is None:
             return tensor
-        tapped = _tapped(tensor, lambda gradient: self._on_gradient(place, gradient))
+        tapped = _tapped(tensor, lambda gradient: self._on_gradient(place, *self.summaries([value_of(gradient)])))
         _bridge_models.carry_mask(tensor, tapped)
         return tapped
+
+    def _note_facts(self, place, tensor):
+        self.facts[place] = keras.backend.standardize_dtype(tensor.dtype), math.prod(tensor.shape)
 
     def _look_at_inputs(self, layer, args):
         parent = self._stack[-1].layer if self._stack else None
