@@ -112,9 +112,8 @@ class Training:
         """Lets the variables hold the present state, until `hide_state` or the end of `fit`."""
         if self._passed is not None:
             self._assign(self._passed)
-            self._model._jax_state_synced = (
-                True  # or `fit` would overwrite them with its own when it ends with an error
-            )
+            # Or `fit` would overwrite them with its own when it ends with an error.
+            self._model._jax_state_synced = True
 
     def hide_state(self) -> None:
         """Empties the variables that `show_state` has filled, as `fit` had them."""

@@ -96,6 +96,8 @@ class BlameCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Begins to see the steps of this `fit`."""
+        if self.model.optimizer is None:  # nothing is trained
+            return
         self._told = 0
         self._training = Training(self.model, self._before_step)
         self._replay = Replay(self._training, self.offload)
@@ -125,7 +127,7 @@ class BlameCallback(keras.callbacks.Callback):
             self._training.logs = {}
             look = self._replay.look()
             self._replay.renew(look)
-            if look.nonfinite is not None and not self.blames:  # weights that `fit` was given
+            if look.nonfinite is not None and not self._told:  # weights that `fit` was given
                 self._tell(self._blame_of(batches[0], self._batch), _given(look), is_ruin=True)
         elif len(self._replay.batches) >= self._look_after or self._replay.bytes >= self.max_batch_bytes:
             self._check_and_time()

@@ -321,8 +321,9 @@ class LossScaleOptimizer(DelegatesSettings, SpeaksGradScaler, SavedAsPlain, kera
             return
         raise FloatingPointError(
             f"Expected finite gradients. Received inf or NaN in {skips} steps in a row, with the loss scale down to "
-            f"{self.get_scale():g}; the first gradient that is not finite is that of '{self.last_nonfinite}'. Look at "
-            "the loss and the data of that step, compute that layer in float32, or pass a larger max_consecutive_skips."
+            f"{self.get_scale():g}; the first gradient that is not finite is that of '{self.last_nonfinite}'. Give "
+            "fit a keras_precision.BlameCallback() to see what overflows first, compute that layer in float32, or pass a "
+            "larger max_consecutive_skips."
         )
 
     @property
