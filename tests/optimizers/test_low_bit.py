@@ -193,14 +193,14 @@ def test_settings_of_the_inner_optimizer_hold(settings):
 
 def test_micro_steps_leave_packed_states_alone():
     weight = keras.Variable(np.zeros((64, 64), "float32"))
-    optimizer = LowBit(keras.optimizers.Adam(0.01, gradient_accumulation_steps=3), min_size=0)
+    optimizer = LowBit(keras.optimizers.Adam(0.01, gradient_accumulation_steps=2), min_size=0)
     optimizer.build([weight])
     parts = [part for slot in optimizer.packed_slots for part in slot.parts.values()]
-    for step in range(6):
+    for step in range(4):
         before = arrays(parts)
         optimizer.apply([ops.ones((64, 64))], [weight])
         is_changed = any((a != b).any() for a, b in zip(before, arrays(parts), strict=True))
-        assert is_changed == (step % 3 == 2)
+        assert is_changed == (step % 2 == 1)
 
 
 @pytest.mark.parametrize("state_format", STATE_FORMATS)
@@ -209,13 +209,13 @@ def test_training_goes_on_after_a_reload_as_if_uninterrupted(state_format, tmp_p
         inner = LowBit(keras.optimizers.AdamW(0.01), state_format, min_size=64)
         return kp.scaling.LossScaleOptimizer(kp.optimizers.LowPrecision(inner), initial_scale=2.0**10)
 
-    straight, _ = trained(optimizer(), epochs=3, dtype="float16")
     model, _ = trained(optimizer(), epochs=2, dtype="float16")
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert_same(arrays(loaded.optimizer.variables), arrays(model.optimizer.variables))
-    loaded.fit(X, Y, epochs=1, batch_size=32, shuffle=False, verbose=0)
-    assert_same(arrays(loaded.weights), arrays(straight.weights))
+    for either in (model, loaded):
+        either.fit(X, Y, epochs=1, batch_size=32, shuffle=False, verbose=0)
+    assert_same(arrays(loaded.weights), arrays(model.weights))
 
 
 def test_files_move_between_float32_and_packed_states(tmp_path):
