@@ -31,8 +31,10 @@ demo: $(VENV)/installed-demo
 
 test: test-jax test-tensorflow keras-tests
 
+# What looks at the programs that XLA makes gets them as users do; XLA compiles all others in less time.
 test-jax test-tensorflow: test-%: $(VENV)/keras-hub
-	KERAS_BACKEND=$* $(PYTEST)
+	KERAS_BACKEND=$* $(PYTEST) -m "not default_xla"
+	KERAS_BACKEND=$* XLA_FLAGS= $(PYTEST) -m default_xla
 
 keras-tests: $(VENV)/installed-test
 	$(BIN)/python tests/keras_suite.py

@@ -112,6 +112,7 @@ def test_other_dtypes_are_refused():
         rounding.stochastic(ops.ones((1,)), "float32", rounding.random_bits((1,), 0))
 
 
+@pytest.mark.default_xla
 def test_stochastic_rounding_compiles(backend):
     x = np.linspace(-2, 2, 101).astype("float32")
     eager = rounded(x, "bfloat16")

@@ -219,6 +219,7 @@ def test_tensors_of_an_accelerator_are_encoded_there(codec, monkeypatch):
         codec.encode(ops.convert_to_tensor(wrong))
 
 
+@pytest.mark.default_xla
 @pytest.mark.parametrize("shape", [(65, 1), (300, 513), (1000, 1100)])
 def test_compiled_and_plain_encoding_agree(codec, shape, monkeypatch):
     weight = random(shape) * np.exp2(np.random.default_rng(1).integers(-140, 126, shape[1]), dtype="float32")
@@ -230,6 +231,7 @@ def test_compiled_and_plain_encoding_agree(codec, shape, monkeypatch):
     same(codec.encode(weight), plain)
 
 
+@pytest.mark.default_xla
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_one_piece_and_many_agree(codec, is_compiled, monkeypatch):
     weight = random((1100, 90))
@@ -249,6 +251,7 @@ def test_small_weights_are_not_compiled(codec, monkeypatch):
     codec.encode(random((700, 1000)))
 
 
+@pytest.mark.default_xla
 @pytest.mark.parametrize("shape, dtype", [((65, 9), "float32"), ((128, 16), "bfloat16")])
 def test_decoding_gives_the_same_bits_when_compiled(codec, shape, dtype, staged, tensors):
     parts = tensors(codec, random(shape))
@@ -281,6 +284,7 @@ def test_gathering_gives_decoded_columns(codec, k, indices, dtype, tensors):
     assert np.array_equal(ops.convert_to_numpy(ops.cast(found, "float32")), expected)
 
 
+@pytest.mark.default_xla
 def test_gathering_is_traceable(codec, staged, tensors):
     shape = (70, 40)
     parts, indices = tensors(codec, random(shape)), ops.convert_to_tensor([[3, 39], [0, 3]], "int32")

@@ -108,6 +108,7 @@ def share_of_memory(name, how):
     return float(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.default_xla
 @on_linux
 @pytest.mark.parametrize("name", ["nf4-dq", "int8"])
 def test_encoding_takes_less_than_a_tenth_of_the_weights_memory(name):

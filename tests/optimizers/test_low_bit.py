@@ -276,6 +276,7 @@ def test_an_overflow_leaves_packed_states_as_they_were():
     assert (ops.convert_to_numpy(weight) != before[0]).all()
 
 
+@pytest.mark.default_xla
 def test_eager_and_compiled_steps_agree():
     start = np.random.default_rng(0).standard_normal((64, 96)).astype("float32")
     gradients = [np.random.default_rng(i).standard_normal((64, 96)).astype("float32") for i in range(5)]
@@ -428,7 +429,7 @@ def test_several_devices_agree(backend):
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parent.parent.parent),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)

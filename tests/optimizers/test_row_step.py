@@ -83,6 +83,7 @@ def both_ways(monkeypatch, runner, *arguments, **settings):
     return steps(*arguments, **settings), expected
 
 
+@pytest.mark.default_xla
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("name", BY_ROWS)
 def test_rows_are_what_whole_tensors_are(name, runner, monkeypatch, done):
@@ -91,6 +92,7 @@ def test_rows_are_what_whole_tensors_are(name, runner, monkeypatch, done):
     assert_agree(found, expected)
 
 
+@pytest.mark.default_xla
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("state_format", STATE_FORMATS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -137,6 +139,7 @@ def test_what_is_not_finite_stays_in_its_block_and_is_seen(state_format, wrong, 
         assert spoiled[2, 100] and spoiled.sum() == block
 
 
+@pytest.mark.default_xla
 def test_a_step_holds_no_slot_in_float32():
     """Of what the compiled program allocates beside its arguments, less than 5% of the states."""
     import jax

@@ -162,6 +162,7 @@ def test_what_was_decoded_stays_as_it_is_at_the_ends_of_the_range(entry, is_sign
     assert np.array_equal(decoded(entry, once, is_signed), once)
 
 
+@pytest.mark.default_xla
 @pytest.mark.parametrize("compile", COMPILERS)
 @pytest.mark.parametrize("shape", [(257,), (64, 256), (300, 7)])
 def test_compiled_gives_the_same_bits(entry, is_signed, shape, compile):

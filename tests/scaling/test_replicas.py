@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+TWO_DEVICES = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
 
 MIRRORED = """
 import numpy as np
@@ -191,7 +192,7 @@ def test_mirrored_replicas_skip_together(backend):
 def test_data_parallel_devices_skip_together(backend):
     if backend != "jax":
         pytest.skip("keras.distribution runs on JAX")
-    run(["-c", SHARDED], XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    run(["-c", SHARDED], XLA_FLAGS=TWO_DEVICES)
 
 
 def test_mirrored_replicas_round_alike(backend):
@@ -203,7 +204,7 @@ def test_mirrored_replicas_round_alike(backend):
 def test_distributed_devices_round_alike(backend):
     if backend != "jax":
         pytest.skip("keras.distribution runs on JAX")
-    run(["-c", LOW_SHARDED], XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    run(["-c", LOW_SHARDED], XLA_FLAGS=TWO_DEVICES)
 
 
 def test_float64_trains_in_float64():
