@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Four workers: a worker starts in about 10 s and holds 1 GB, so more of them cost more than they save.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
+# Each gets tests that stand together, and so share fixtures, and takes over others' when it has none left.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help demo test test-jax test-tensorflow keras-tests bench clean
 
