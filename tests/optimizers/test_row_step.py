@@ -75,43 +75,43 @@ def assert_agree(found, expected):
             np.testing.assert_allclose(one.astype("float32"), other.astype("float32"), rtol=1e-5, atol=1e-6)
 
 
-def both_ways(monkeypatch, runner, *arguments, **settings):
-    with monkeypatch.context() as patch:
-        patch.setattr(rows, "_RUNNERS", {})
-        expected = steps(*arguments, **settings)
-    monkeypatch.setitem(rows._RUNNERS, "cpu", RUNNERS[runner])
-    return steps(*arguments, **settings), expected
+def each_way(monkeypatch, runners, *arguments, **settings):
+    """Yields what `steps` returns on whole tensors, then with each runner on rows."""
+    for table in ({}, *(rows._RUNNERS | {"cpu": RUNNERS[runner]} for runner in runners)):
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, "_RUNNERS", table)
+            yield steps(*arguments, **settings)
 
 
 @pytest.mark.default_xla
-@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("name", BY_ROWS)
-def test_rows_are_what_whole_tensors_are(name, runner, monkeypatch, done):
-    found, expected = both_ways(monkeypatch, runner, BY_ROWS[name])
-    assert done == [False, True]  # traced once each
-    assert_agree(found, expected)
+def test_rows_are_what_whole_tensors_are(name, monkeypatch, done):
+    expected, *by_rows = each_way(monkeypatch, RUNNERS, BY_ROWS[name])
+    assert done == [False, True, True]  # traced once each
+    for found in by_rows:
+        assert_agree(found, expected)
 
 
 @pytest.mark.default_xla
-@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("state_format", STATE_FORMATS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_format_and_gradients_of_16_bits(state_format, runner, dtype, monkeypatch, done):
-    found, expected = both_ways(monkeypatch, runner, BY_ROWS["AdamW"], state_format, dtype=dtype)
-    assert done == [False, True]
-    assert_agree(found, expected)
+def test_every_format_and_gradients_of_16_bits(state_format, dtype, monkeypatch, done):
+    expected, *by_rows = each_way(monkeypatch, RUNNERS, BY_ROWS["AdamW"], state_format, dtype=dtype)
+    assert done == [False, True, True]
+    for found in by_rows:
+        assert_agree(found, expected)
 
 
 @pytest.mark.parametrize("name", BY_TENSOR)
 def test_what_mixes_elements_is_done_on_whole_tensors(name, monkeypatch, done):
-    found, expected = both_ways(monkeypatch, "loop", BY_TENSOR[name], shape=(32, 64))
+    expected, found = each_way(monkeypatch, ["loop"], BY_TENSOR[name], shape=(32, 64))
     assert done == [False, False]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_blocks_that_lie_across_rows_are_done_on_whole_tensors(monkeypatch, done):
-    found, expected = both_ways(monkeypatch, "loop", BY_ROWS["Adam"], shape=(37, 129))
+    expected, found = each_way(monkeypatch, ["loop"], BY_ROWS["Adam"], shape=(37, 129))
     assert done == [False, False]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
