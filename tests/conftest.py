@@ -8,7 +8,7 @@ import fast_compilation
 # TensorFlow's C++ start-up notices would drown the test report.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Also for the processes that tests start. Set it to "" to run those marked `default_xla`.
-os.environ.setdefault("XLA_FLAGS", fast_compilation.xla_flags())
+os.environ.setdefault("XLA_FLAGS", fast_compilation.xla_flags(os.environ.get("KERAS_BACKEND")))
 
 import keras
 import pytest

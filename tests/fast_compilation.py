@@ -14,9 +14,13 @@ LIBRARIES = ("jaxlib", "tensorflow")
 ACCELERATORS = ("jax_plugins", "libtpu")
 
 
-def xla_flags() -> str:
-    """Returns what to set XLA_FLAGS to: nothing where there is an accelerator, which compiles as users see it."""
-    if shutil.which("nvidia-smi") or any(map(importlib.util.find_spec, ACCELERATORS)):
+def xla_flags(backend: str | None) -> str:
+    """Returns what to set XLA_FLAGS to for a Keras backend: nothing where the flags don't help or change too much.
+
+    TensorFlow compiles whole training steps, for which the flags take a fifth more time. An accelerator compiles as
+    users see it.
+    """
+    if backend != "jax" or shutil.which("nvidia-smi") or any(map(importlib.util.find_spec, ACCELERATORS)):
         return ""
     specs = filter(None, map(importlib.util.find_spec, LIBRARIES))
     folders = [folder for spec in specs for folder in spec.submodule_search_locations]
