@@ -104,9 +104,10 @@ def _loss(model, batch):
     return keras.ops.cast(_bridge_models.loss_of(model, batch.x, targets, outputs, sample_weight), "float32")
 
 
-# Rounds where the program says so, which XLA otherwise leaves out between operations that it fuses; and compiles in two
-# thirds of the time.
-_XLA_OPTIONS = {"xla_allow_excess_precision": False, "xla_backend_optimization_level": 0}
+# Rounds where the program says so, which XLA otherwise leaves out between operations that it fuses; and compiles in less
+# time. Not with level 0: there a value that two loops compute has other bits in each (jaxlib 0.10), so that a maximum
+# over an axis finds none of its inputs equal to it, and its gradient is 0 / 0.
+_XLA_OPTIONS = {"xla_allow_excess_precision": False, "xla_backend_optimization_level": 1}
 
 
 # Layers for each shape that they return, from which on operations run one by one: JAX compiles each once for each shape

@@ -125,6 +125,29 @@ def test_the_layer_and_the_tensor_are_named(name):
     assert (found.first.kind, found.first.layer, found.batch) == (kind, layer, 0)
 
 
+class LargestNormalized(layers.Layer):
+    """Normalizes, and takes the maximum over an axis: its gradient is NaN if the two places compute other bits."""
+
+    def build(self, shape):
+        self.gamma = self.add_weight(shape=(shape[-1],), initializer="ones")
+        self.beta = self.add_weight(shape=(shape[-1],), initializer="zeros")
+
+    def call(self, x):
+        mean = ops.mean(x, -1, keepdims=True)
+        inverse = ops.rsqrt(ops.mean((x - mean) ** 2, -1, keepdims=True) + 1e-3) * self.gamma
+        return ops.max(x * inverse + (self.beta - mean * inverse) + 1, axis=1)
+
+
+def test_a_maximum_of_what_is_computed_twice_is_no_false_alarm():
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((6, 4)), layers.Dense(5), LargestNormalized(), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    x, y = np.random.default_rng(0).normal(size=(8, 6, 4)), np.ones((8, 2))
+    assert kp.blame(model, x.astype("float32"), y) is None
+    findings = kp.audit(model, x, y, policy="float32", verbose=0).findings
+    assert [finding.message for finding in findings if finding.severity == "error"] == []
+
+
 def test_the_largest_finite_value_is_exact():
     model = network(middle=Apply(lambda x: x * 1e38, name="fault"), noise=False)
     x, y = data()
