@@ -74,7 +74,17 @@ def test_audit_prints_a_row_for_each_model(backend):
 def test_blame_prints_a_row_with_the_ratio(backend):
     shape = "--layers 1 --width 16 --heads 2 --vocabulary 32 --length 8 --batch 2 --steps 3"
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "blame.py", "--backends", backend, "--epochs", "1", *shape.split()],
+        [
+            sys.executable,
+            ROOT / "benchmarks" / "blame.py",
+            "--backends",
+            backend,
+            "--policies",
+            "float32",
+            "--epochs",
+            "1",
+            *shape.split(),
+        ],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
