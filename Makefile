@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Each gets tests that stand together, and so share fixtures, and takes over others' when it has none left.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-jax test-tensorflow keras-tests bench clean
+.PHONY: help demo test test-jax test-jax-fast test-jax-default-xla test-tensorflow keras-tests bench clean
 
 help:
 	@echo "make demo   train a small network under six policies and compare them (about 2 minutes)"
@@ -33,8 +33,12 @@ demo: $(VENV)/installed-demo
 test: test-jax test-tensorflow keras-tests
 
 # What looks at the programs that XLA makes gets them as users do; JAX compiles all others in less time.
-test-jax: $(VENV)/keras-hub
+test-jax: test-jax-fast test-jax-default-xla
+
+test-jax-fast: $(VENV)/keras-hub
 	KERAS_BACKEND=jax $(PYTEST) -m "not default_xla"
+
+test-jax-default-xla: $(VENV)/keras-hub
 	KERAS_BACKEND=jax XLA_FLAGS= $(PYTEST) -m default_xla
 
 test-tensorflow: $(VENV)/keras-hub
