@@ -9,11 +9,11 @@ import time
 import keras
 from keras import ops
 
-from keras_precision import _bridge, _bridge_optimizers
+from keras_precision import _bridge_optimizers
 from keras_precision._bridge_training import Training
 from keras_precision.report.blame import Blame, NonFiniteError, blame, described, seen
-from keras_precision.report.replay import Found, Look, Replay, on_host
-from keras_precision.scaling.optimizer import LossScaleOptimizer
+from keras_precision.report.replay import Found, Look, Replay, on_host, scaling_of
+from keras_precision.scaling.monitor import owner
 
 
 # Of the time between two looks, what the second and its copy may take; and how many batches there may be between them.
@@ -187,11 +187,10 @@ class BlameCallback(keras.callbacks.Callback):
         before = on_host(training.values())
         training.step([batch])
         path = self._replay.look().nonfinite
-        owned = ((layer, v) for layer in _bridge.flatten_layers(self.model) for v in _bridge.own_variables(layer))
-        made = next(((layer, v) for layer, v in owned if v.path == path), None)
+        variable = next((v for group in training.variables[:2] for v in group if v.path == path), None)
+        layer = None if variable is None else owner(self.model, variable)
         found = None
-        if made is not None:
-            layer, variable = made
+        if layer is not None:
             first = seen("update", *described(layer), variable.name, ops.convert_to_tensor(training.value_of(variable)))
             found = Blame(first, loss_scale=scale)
         training.set(before())
@@ -214,9 +213,9 @@ class BlameCallback(keras.callbacks.Callback):
 
 
 def _loss_scale(optimizer):
-    for one in (optimizer, *_bridge_optimizers.wrapped(optimizer)):
-        if isinstance(one, LossScaleOptimizer):
-            return float(ops.convert_to_numpy(one.loss_scale))
+    scaling = scaling_of(optimizer)
+    if scaling is not None:
+        return float(ops.convert_to_numpy(scaling.loss_scale))
     return float(_bridge_optimizers.innermost(optimizer).loss_scale_factor or 1.0)
 
 

@@ -94,11 +94,12 @@ class Replay:
         pairs = zip(itertools.chain(*training.variables[:2]), itertools.chain(*training.values()[:2]), strict=True)
         floats = [(v, value) for v, value in pairs if keras.backend.standardize_dtype(v.dtype) in _WITH_VALUES]
         first = _first_nonfinite([value for _, value in floats])
-        loss, scaling = training.logs.get("loss", 0.0), _scaling_of(training)
+        loss, scaling = training.logs.get("loss", 0.0), scaling_of(training.optimizer)
+        skipped = 0 if scaling is None else training.value_of(scaling.state_variables.skipped_steps)
         return Look(
             nonfinite=floats[first][0].path if first < len(floats) else None,
             has_loss=bool(np.isfinite(ops.convert_to_numpy(loss)).all()),
-            skipped_steps=int(ops.convert_to_numpy(training.value_of(scaling))) if scaling is not None else 0,
+            skipped_steps=int(ops.convert_to_numpy(skipped)),
         )
 
     def renew(self, seen: Look) -> None:
@@ -187,13 +188,10 @@ def _first_nonfinite(values):
     return int(ops.convert_to_numpy(function(values)))
 
 
-def _scaling_of(training):
-    """Returns the variable that counts skipped steps, None without loss scaling."""
-    optimizer = training.optimizer
-    for one in (optimizer, *_bridge_optimizers.wrapped(optimizer)):
-        if isinstance(one, LossScaleOptimizer):
-            return one.state_variables.skipped_steps
-    return None
+def scaling_of(optimizer: keras.Optimizer) -> LossScaleOptimizer | None:
+    """Returns the one of an optimizer and those it wraps that scales the loss, None if none does."""
+    layers = (optimizer, *_bridge_optimizers.wrapped(optimizer))
+    return next((one for one in layers if isinstance(one, LossScaleOptimizer)), None)
 
 
 def _bytes_of(array):

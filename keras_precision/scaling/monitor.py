@@ -133,7 +133,7 @@ class LossScaleMonitor(keras.callbacks.Callback):
             self._writer.write({"loss_scale": scale, "skipped_steps": skipped}, batch)
         if skipped > self._skipped:
             weight = self._optimizer.trained[place]
-            overflow = Overflow(batch, skipped - self._skipped, scale, _owner(self.model, weight), weight.path)
+            overflow = Overflow(batch, skipped - self._skipped, scale, _owner_path(self.model, weight), weight.path)
             self.overflows.append(overflow)
             self._skipped = skipped
             if self.verbose:
@@ -144,12 +144,15 @@ class LossScaleMonitor(keras.callbacks.Callback):
         self._optimizer.raise_if_stuck(consecutive)
 
 
-def _owner(model, weight):
-    """Returns the path of the layer that made a weight."""
-    owners = [
-        layer for layer in _bridge.flatten_layers(model) if any(v is weight for v in _bridge.own_variables(layer))
-    ]
-    return _bridge.layer_path(owners[0]) if owners else weight.path.rpartition("/")[0]
+def owner(model: keras.Model, variable: keras.Variable) -> keras.Layer | None:
+    """Returns the layer that made a variable, None if none in the model did."""
+    layers = _bridge.flatten_layers(model)
+    return next((layer for layer in layers if any(v is variable for v in _bridge.own_variables(layer))), None)
+
+
+def _owner_path(model, weight):
+    found = owner(model, weight)
+    return weight.path.rpartition("/")[0] if found is None else _bridge.layer_path(found)
 
 
 class _Writer:
