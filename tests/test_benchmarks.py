@@ -59,40 +59,14 @@ def test_benchmark_prints_a_row_for_each_case(name, backend):
 
 
 def test_audit_prints_a_row_for_each_model(backend):
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "audit.py", "--backends", backend, "--models", "dense", "--layers", "8"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    (row,) = [line for line in done.stdout.splitlines() if line.startswith(f"│ {backend} ")]
-    assert float(row.split("│")[4]) > 0
+    (row,) = rows_of("audit", backend, "--models", "dense", "--layers", "8")
+    assert float(row[3]) > 0
 
 
 def test_blame_prints_a_row_with_the_ratio(backend):
     shape = "--layers 1 --width 16 --heads 2 --vocabulary 32 --length 8 --batch 2 --steps 3"
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "benchmarks" / "blame.py",
-            "--backends",
-            backend,
-            "--policies",
-            "float32",
-            "--epochs",
-            "1",
-            *shape.split(),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    (row,) = [line for line in done.stdout.splitlines() if line.startswith(f"│ {backend} ")]
-    assert float(row.split("│")[5]) > 0
+    (row,) = rows_of("blame", backend, "--policies", "float32", "--epochs", "1", *shape.split())
+    assert float(row[4]) > 0
 
 
 def test_quantize_prints_a_row_for_each_format(backend):
@@ -112,8 +86,8 @@ def test_quantize_prints_a_row_for_each_format(backend):
     assert float(rows[0][7]) > 0 and not rows[1][7]  # times as fast as Keras's of as many bits
 
 
-def printed_by(name, *arguments):
-    """The lines that a benchmark prints."""
+def printed_by(name, *arguments, statuses=(0,)):
+    """The lines that a benchmark prints, which ends with one of some statuses."""
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / f"{name}.py", *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -121,7 +95,7 @@ def printed_by(name, *arguments):
         text=True,
         timeout=400,
     )
-    assert "Traceback" not in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and done.returncode in statuses, done.stderr
     return done.stdout.splitlines()
 
 
@@ -129,9 +103,14 @@ def cells(line):
     return [cell.strip() for cell in line.split("│")[1:-1]]
 
 
-def rows_of(name, backend, *arguments):
+# Of benchmarks that end with 1 where a goal is missed, as it is after a training this short.
+WITH_GOALS = (0, 1)
+
+
+def rows_of(name, backend, *arguments, statuses=(0,)):
     """The cells of each row that a benchmark prints."""
-    return [cells(line) for line in printed_by(name, "--backends", backend, *arguments) if f"│ {backend} " in line]
+    lines = printed_by(name, "--backends", backend, *arguments, statuses=statuses)
+    return [cells(line) for line in lines if f"│ {backend} " in line]
 
 
 def test_train_step_prints_both_sides(backend):
@@ -152,14 +131,15 @@ def test_float8_step_prints_each_scaling(backend):
 
 def test_text_loss_prints_each_way(backend):
     ways = ("float32", "bfloat16, stochastic (the default)")
-    rows = rows_of("text_loss", backend, "--steps", "2", "--ways", ";".join(ways), "--parallel", "2")
+    arguments = ("--steps", "2", "--ways", ";".join(ways), "--parallel", "2")
+    rows = rows_of("text_loss", backend, *arguments, statuses=WITH_GOALS)
     assert [row[1] for row in rows] == list(ways)
     assert all(3 < float(row[2]) < 6 for row in rows)  # ln(96) = 4.6 nats a character before training
 
 
 def test_convergence_prints_a_verdict_for_each_cell(backend):
     arguments = ("--optimizers", "SGD", "--policies", "bfloat16", "--epochs", "1", "--seeds", "1")
-    rows = rows_of("convergence", backend, *arguments)
+    rows = rows_of("convergence", backend, *arguments, statuses=WITH_GOALS)
     assert rows and all(row[0] == "SGD" and row[2] == backend for row in rows)
     assert {row[1] for row in rows} >= {"bfloat16"}
 
@@ -182,7 +162,8 @@ def test_optimizer_step_prints_each_optimizer(backend):
 
 
 def test_low_bit_loss_prints_each_alias_beside_float32(backend):
-    rows = rows_of("low_bit_loss", backend, "--epochs", "1", "--aliases", "AdamW4bit", "--parallel", "2")
+    arguments = ("--epochs", "1", "--aliases", "AdamW4bit", "--parallel", "2")
+    rows = rows_of("low_bit_loss", backend, *arguments, statuses=WITH_GOALS)
     assert [row[1:3] for row in rows] == [["digits", "AdamW4bit"]]
     base, nudged, ours = (float(rows[0][column]) for column in (3, 5, 6))
     assert 0 < base < 2.3 and base != ours and nudged != ours
