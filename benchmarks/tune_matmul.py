@@ -21,16 +21,18 @@ COUNT = 6  # weights in one call
 
 def tiles(rows):
     """Yields what to try for so many rows of x."""
+    from keras_precision.kernels.row_product import Strip
     from keras_precision.kernels.weight_only import Tile
 
-    if rows <= 4:
-        for columns, ahead in itertools.product((64, 128), (False, True)):
-            for rows_read, reads, warps in ((16, 2, 4), (32, 1, 4), (16, 2, 2)):
-                yield Tile(1, columns, rows_read, reads, warps, 1, ahead)
+    if rows <= 2:
+        for columns, runs, programs in itertools.product((128, 256, 512), (4, 8), (448, 896)):
+            for reads in (4, 8):
+                yield Strip(columns, runs, 512 // columns, reads, runs, programs)
     batches = [batch for batch in (16, 32, 64, 128) if batch < 2 * rows or batch == 16]
     for batch in batches if 1 < rows <= 256 else []:
         for columns, stages, ahead in itertools.product((64, 128), (1, 3), (False, True)):
-            yield Tile(batch, columns, 32, 1, 4, stages, ahead)
+            for programs in (224, 896) if rows >= 64 else (896,):
+                yield Tile(batch, columns, 32, 1, 4, stages, ahead, programs)
 
 
 def decoding_tiles():
@@ -67,7 +69,7 @@ def tune(name, k, n, rows, best) -> None:
     import numpy as np
 
     from keras_precision.formats import FORMATS as formats
-    from keras_precision.kernels import weight_only
+    from keras_precision.kernels import dispatch, weight_only
 
     codec = formats[name]
     draw = np.random.default_rng(0)
@@ -88,7 +90,9 @@ def tune(name, k, n, rows, best) -> None:
     for m in rows:
         x = jnp.asarray(draw.standard_normal((m, k), dtype="float32"), DTYPE)
         subjects = {
-            str(tile): lambda x, p, tile=tile: weight_only.product(x, p["codes"], [p["scale"]], layout, tile, DTYPE)
+            str(tile): lambda x, p, tile=tile: dispatch.product_by(tile)(
+                x, p["codes"], [p["scale"]], layout, tile, DTYPE
+            )
             for tile in tiles(m)
         }
         for tile in decoding_tiles() if m == max(rows) else ():

@@ -9,7 +9,7 @@ from keras_precision.formats import blocks, double_quant, packing, pieces
 from keras_precision.formats.base import Codec, Part
 from keras_precision.formats.codebook import Codebook
 from keras_precision.kernels import dispatch
-from keras_precision.kernels.weight_only import Layout
+from keras_precision.kernels.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)

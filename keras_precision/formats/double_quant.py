@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_precision.formats import blocks
 from keras_precision.formats.base import Part
-from keras_precision.kernels.weight_only import SCALES_PER_BLOCK
+from keras_precision.kernels.layout import SCALES_PER_BLOCK
 
 # The arrays that this takes at once fit in a core's second-level cache.
 _BLOCKS_AT_ONCE = 64

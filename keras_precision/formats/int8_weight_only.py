@@ -9,7 +9,7 @@ from keras import ops
 from keras_precision.formats import blocks, pieces
 from keras_precision.formats.base import Codec, Part, register_format
 from keras_precision.kernels import dispatch, reference
-from keras_precision.kernels.weight_only import Layout
+from keras_precision.kernels.layout import Layout
 
 _REACH = np.float32(127)
 

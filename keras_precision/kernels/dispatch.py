@@ -9,8 +9,8 @@ import keras
 from keras import ops
 
 from keras_precision import dtypes
-from keras_precision.kernels import cast_transpose, device, float8, measured, reference, weight_only
-from keras_precision.kernels.weight_only import Layout
+from keras_precision.kernels import cast_transpose, device, float8, measured, reference, row_product, weight_only
+from keras_precision.kernels.layout import Layout
 
 
 def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Callable):
@@ -20,7 +20,7 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
     kernel that reads each code once and more rows with a weight that a kernel
     decodes; everywhere else, and under `keras.distribution`, with what
     `decode` gives. Results differ from those by no more than
-    `weight_only.product` and `weight_only.decoded` tell, beside the backend's
+    `row_product.product` and `weight_only.product` tell, beside the backend's
     matmul precision. The gradient with respect to x is that of a product with
     the decoded weight; codes and scales get none.
 
@@ -53,7 +53,7 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
         if tile is None:
             found = ops.matmul(x, decoded(codes, scales, dtype))
         else:
-            found = weight_only.product(x, codes, scales, layout, tile, dtype)
+            found = product_by(tile)(x, codes, scales, layout, tile, dtype)
 
         def gradient(*arguments, upstream=None):
             (upstream,) = arguments if upstream is None else (upstream,)
@@ -64,6 +64,11 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
 
     found = product(ops.reshape(x, (rows, layout.shape[0])), codes, *scales)
     return ops.reshape(found, (*x.shape[:-1], layout.shape[1]))
+
+
+def product_by(tile: row_product.Strip | weight_only.Tile) -> Callable:
+    """Returns what multiplies with such a tile: `row_product.product` or `weight_only.product`."""
+    return row_product.product if isinstance(tile, row_product.Strip) else weight_only.product
 
 
 def integer_products(x, codes) -> Callable:
@@ -89,7 +94,7 @@ def integer_products(x, codes) -> Callable:
 
     def multiply(x_codes, x_scale, codes, scale, dtype):
         x_codes = ops.cast(x_codes, "bfloat16")  # which holds codes exactly
-        found = weight_only.product(x_codes, codes, [scale], layout, tile, "bfloat16", "float32")
+        found = product_by(tile)(x_codes, codes, [scale], layout, tile, "bfloat16", "float32")
         return ops.cast(found * x_scale, dtype)
 
     return multiply

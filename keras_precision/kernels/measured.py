@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from keras_precision.kernels.row_product import Strip
 from keras_precision.kernels.weight_only import Tile
 
 
@@ -17,42 +18,43 @@ class Plan:
         decoding: the tile that decodes.
     """
 
-    products: tuple[tuple[int, Tile], ...]
+    products: tuple[tuple[int, Strip | Tile], ...]
     decoding: Tile
 
-    def product(self, rows: int) -> Tile | None:
+    def product(self, rows: int) -> Strip | Tile | None:
         """Returns the tile for so many rows, None if the weight is to be decoded."""
         return next((tile for greatest, tile in self.products if rows <= greatest), None)
 
 
-# One H100 80GB, jax 0.11.2, bfloat16, 2026-11-22. Other devices that have Triton use the same, unmeasured.
+# One H100 80GB, jax 0.11.2, bfloat16, 2026-11-23. Other devices that have Triton use the same, unmeasured.
 PLANS = {
     "whole": Plan(
         (
-            (1, Tile(1, 128, 16, 2, warps=2)),
+            (1, Strip(256, 4, 2, 4, 4)),
             (16, Tile(16, 128, 32, stages=3)),
             (32, Tile(32, 128, 32, stages=3, decodes_ahead=True)),
             (64, Tile(64, 64, 32, stages=3, decodes_ahead=True)),
-            (128, Tile(64, 64, 32, stages=3)),
+            (128, Tile(128, 64, 32, stages=3, programs=224)),
         ),
         Tile(1, 128, 16),
     ),
     "table": Plan(
         (
-            (1, Tile(1, 128, 16, 2, decodes_ahead=True)),
+            (1, Strip(256, 4, 2, 4, 4)),
             (16, Tile(16, 128, 32, stages=3)),
             (32, Tile(32, 128, 32, stages=3, decodes_ahead=True)),
             (64, Tile(64, 64, 32, stages=3, decodes_ahead=True)),
-            (128, Tile(128, 64, 32, stages=3)),
+            (128, Tile(128, 64, 32, stages=3, programs=224)),
         ),
         Tile(1, 256, 16, warps=8),
     ),
     "bytes": Plan(
         (
-            (1, Tile(1, 128, 16, 2)),
+            (1, Strip(256, 4, 2, 4, 4)),
             (16, Tile(16, 128, 32, stages=3, decodes_ahead=True)),
             (32, Tile(32, 128, 32, stages=3)),
-            (128, Tile(64, 64, 32, stages=3)),
+            (64, Tile(64, 64, 32, stages=3)),
+            (128, Tile(128, 128, 32, stages=3, programs=224)),
         ),
         Tile(1, 256, 32),
     ),

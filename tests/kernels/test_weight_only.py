@@ -1,5 +1,6 @@
 """Kernels that multiply with stored codes, interpreted, against float64 arithmetic on decoded weights; and lowered."""
 
+import dataclasses
 import functools
 
 import keras
@@ -9,15 +10,15 @@ from keras import ops
 
 import keras_precision
 from keras_precision.formats import FORMATS, double_quant
-from keras_precision.kernels import device, dispatch, measured, reference, weight_only
-from keras_precision.kernels.compiled import jitted
+from keras_precision.kernels import device, dispatch, measured, reference, row_product, weight_only
+from keras_precision.kernels.row_product import Strip
 from keras_precision.kernels.weight_only import Tile
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
 
 KINDS = {"nf4": "table", "fp4-dq": "table", "int4": "whole", "int8-weight-only": "bytes"}
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-BY_NUMBER, BY_UNITS = Tile(1, 16, 8, 2), Tile(16, 16, 16, decodes_ahead=True)
+BY_NUMBER, BY_UNITS = Strip(16, 2, 4, 2, 4), Tile(16, 16, 16, decodes_ahead=True)
 # Even and odd, tiles' multiples and not, and less than a block, a tile or a byte.
 SHAPES = [(128, 32), (77, 33), (1, 1)]
 
@@ -47,11 +48,16 @@ def numbers(tensor):
     return np.asarray(ops.convert_to_numpy(tensor)).astype("float64")
 
 
-def assert_product(found, x, weight, dtype, is_whole=False):
-    """Within the bound that `product` documents."""
+def product(x, codes, scales, layout, tile, *others):
+    """The product by the kernel whose tile it is, interpreted."""
+    return dispatch.product_by(tile)(x, codes, scales, layout, tile, *others, interpret=True)
+
+
+def assert_product(found, x, weight, dtype, is_exact=False):
+    """Within the bound that `weight_only.product` documents; where values aren't rounded, `row_product.product`."""
     x, k = numbers(x), x.shape[-1]
     unit = UNIT[dtype]
-    bound = np.abs(x) @ np.abs(weight) * ((0 if is_whole or dtype == "float32" else unit) + (k + 3) * 2.0**-24)
+    bound = np.abs(x) @ np.abs(weight) * ((0 if is_exact or dtype == "float32" else unit) + (k + 3) * 2.0**-24)
     exact = x @ weight
     assert (np.abs(numbers(found) - exact) <= bound + unit * np.abs(exact)).all()
 
@@ -63,43 +69,42 @@ def test_products(name, shape, tile):
     codec, parts, weight = stored(name, *shape)
     layout = codec.layout(shape)
     assert layout.kind == KINDS[name]
-    dtype = "bfloat16" if tile.batch == 1 else "float32"
+    dtype = "bfloat16" if tile is BY_NUMBER else "float32"
     x = activations(3, shape[0], dtype)
-    found = weight_only.product(x, parts["codes"], scales_of(parts), layout, tile, dtype, interpret=True)
+    found = product(x, parts["codes"], scales_of(parts), layout, tile, dtype)
     assert found.shape == (3, shape[1]) and found.dtype == dtype
-    assert_product(found, x, weight, dtype, KINDS[name] != "table")
+    assert_product(found, x, weight, dtype, is_exact=tile is BY_NUMBER)
 
 
 def test_scales_expanded_before():
     codec, parts, weight = stored("fp4-dq", 128, 32)
     x = activations(3, 128, "float32")
     arrays = parts["codes"], scales_of(parts), codec.layout((128, 32))
-    found = weight_only.product(x, *arrays, Tile(64, 16, 16), "float32", interpret=True)
+    found = product(x, *arrays, Tile(64, 16, 16), "float32")
     assert_product(found, x, weight, "float32")
 
 
 @pytest.mark.parametrize("block_size", [32, 4096])
-@pytest.mark.parametrize("ahead", [True, False])
-def test_blocks_of_any_size(block_size, ahead):
+@pytest.mark.parametrize("tile", [BY_NUMBER, Tile(16, 16, 16, 2), Tile(16, 16, 16, 2, decodes_ahead=True)], ids=str)
+def test_blocks_of_any_size(block_size, tile):
     """Rows of a step never lie in two blocks."""
     codec = FORMATS["nf4"].with_option(str(block_size))
     weight = np.random.default_rng(0).standard_normal((200, 16), dtype="float32") * np.geomspace(1, 1e6, 200)[:, None]
     parts = codec.encode(weight.astype("float32"))
     exact = numbers(codec.decode(tensors(parts), weight.shape, "float32"))
     x = activations(1, 200, "float16")
-    tile = Tile(1, 16, 16, 2, decodes_ahead=ahead)
     arrays = parts["codes"], [parts["scale"]], codec.layout(weight.shape)
-    assert_product(weight_only.product(x, *arrays, tile, "float16", "float32", interpret=True), x, exact, "float16")
+    assert_product(product(x, *arrays, tile, "float16", "float32"), x, exact, "float16", tile is BY_NUMBER)
 
 
-def test_sums_of_several_programs_are_added(monkeypatch):
-    monkeypatch.setattr(weight_only, "_PROGRAMS", 7)
-    jitted.cache_clear()
+@pytest.mark.parametrize("programs", [1, 3, 7])
+@pytest.mark.parametrize("tile", [BY_NUMBER, BY_UNITS], ids=["by_number", "by_units"])
+def test_sums_of_several_programs_are_added(tile, programs):
     codec, parts, weight = stored("nf4", 640, 16)
     x = activations(1, 640, "float32")
     arrays = parts["codes"], scales_of(parts), codec.layout((640, 16))
-    assert_product(weight_only.product(x, *arrays, BY_NUMBER, "float32", interpret=True), x, weight, "float32")
-    jitted.cache_clear()
+    found = product(x, *arrays, dataclasses.replace(tile, programs=programs), "float32")
+    assert_product(found, x, weight, "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -121,7 +126,7 @@ def test_what_is_not_finite_stays_in_its_row(value):
     x = np.array(activations(2, 128, "float32"))
     x[1, 5] = value
     arrays = parts["codes"], scales_of(parts), codec.layout((128, 32))
-    found = numbers(weight_only.product(x, *arrays, BY_NUMBER, "float32", interpret=True))
+    found = numbers(product(x, *arrays, BY_NUMBER, "float32"))
     assert np.isfinite(found[0]).all() and not np.isfinite(found[1]).any()
 
 
@@ -138,8 +143,8 @@ def has_kernels(monkeypatch):
         return run
 
     monkeypatch.setattr(device, "has_triton", lambda: True)
-    monkeypatch.setattr(weight_only, "product", interpreted(weight_only.product))
-    monkeypatch.setattr(weight_only, "decoded", interpreted(weight_only.decoded))
+    for module, name in ((row_product, "product"), (weight_only, "product"), (weight_only, "decoded")):
+        monkeypatch.setattr(module, name, interpreted(getattr(module, name)))
     plan = measured.Plan(((1, BY_NUMBER), (4, BY_UNITS)), Tile(1, 16, 8))
     monkeypatch.setattr(measured, "PLANS", dict.fromkeys(measured.PLANS, plan))
     return calls
@@ -157,7 +162,7 @@ def test_any_batch_is_multiplied(has_kernels, lead, kernel):
 def test_transposed_activations(has_kernels):
     codec, parts, weight = stored("int4", 128, 32)
     x = activations(3, 128, "float16").T
-    assert_product(codec.matmul(x.T, tensors(parts), (128, 32), "float16"), x.T, weight, "float16", is_whole=True)
+    assert_product(codec.matmul(x.T, tensors(parts), (128, 32), "float16"), x.T, weight, "float16", is_exact=True)
 
 
 @pytest.mark.parametrize("shape", [(128, 32), (77, 33)])
@@ -229,7 +234,7 @@ def test_measured_tiles_lower_for_cuda(kind, dtype):
 
     def products(codes, *scales):
         found = [
-            weight_only.product(jax.numpy.ones((rows, 128), dtype), codes, scales, layout, tile, dtype)
+            dispatch.product_by(tile)(jax.numpy.ones((rows, 128), dtype), codes, scales, layout, tile, dtype)
             for rows, tile in plan.products
         ]
         tile = plan.decoding
