@@ -152,14 +152,15 @@ def without_dtypes(model: keras.Sequential) -> dict[str, Any]:
     return {"name": config["name"], "layers": config["layers"]}
 
 
-def train(trial: Trial, optimizer: keras.optimizers.Optimizer) -> Outcome:
+def train(trial: Trial, optimizer: keras.optimizers.Optimizer, smoothing: float = 0.0) -> Outcome:
     """Trains a trial's network and returns where it ended.
 
     Args:
         trial: the network, its data and their order.
         optimizer: what `compile` gets.
+        smoothing: share of each label that is spread over all classes, in [0, 1).
     """
-    return outcome(trial, fit(trial, optimizer))
+    return outcome(trial, fit(trial, optimizer, smoothing), smoothing)
 
 
 def build(trial: Trial) -> keras.Sequential:
@@ -169,33 +170,50 @@ def build(trial: Trial) -> keras.Sequential:
     return model
 
 
-def fit(trial: Trial, optimizer: keras.optimizers.Optimizer) -> keras.Sequential:
+def fit(trial: Trial, optimizer: keras.optimizers.Optimizer, smoothing: float = 0.0) -> keras.Sequential:
     """Returns a trial's network trained under the global policy with `fit`, as a user would.
 
     Args:
         trial: the network, its data and their order.
         optimizer: what `compile` gets.
+        smoothing: see `train`.
     """
     keras.utils.set_random_seed(0)
     model = build(trial)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    images, labels = trial.train_images[trial.order], trial.train_labels[trial.order]
+    loss, labels = cross_entropy(trial.train_labels, smoothing)
+    model.compile(optimizer, loss)
+    images, labels = trial.train_images[trial.order], labels[trial.order]
     model.fit(images, labels, batch_size=BATCH_SIZE, shuffle=False, verbose=0)
     return model
 
 
-def outcome(trial: Trial, model: keras.Model) -> Outcome:
+def cross_entropy(labels: np.ndarray, smoothing: float, **settings) -> tuple[keras.losses.Loss, np.ndarray]:
+    """Returns the loss of logits, and the labels as it takes them.
+
+    Args:
+        labels: int (n,).
+        smoothing: see `train`.
+        **settings: of the loss.
+    """
+    if not smoothing:
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=True, **settings), labels
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing, **settings)
+    return loss, np.eye(labels.max() + 1, dtype="float32")[labels]
+
+
+def outcome(trial: Trial, model: keras.Model, smoothing: float = 0.0) -> Outcome:
     """Returns a model's loss and accuracy on a trial's images.
 
     Args:
         trial: whose images.
         model: gives logits.
+        smoothing: see `train`.
     """
     every_image = np.concatenate([trial.train_images, trial.test_images])
     logits = model.predict(every_image, batch_size=len(every_image), verbose=0).astype("float32")
     train_logits, test_logits = np.split(logits, [len(trial.train_images)])
-    cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype="float32")
+    loss, labels = cross_entropy(trial.train_labels, smoothing, dtype="float32")
     return Outcome(
-        loss=float(cross_entropy(trial.train_labels, train_logits)),
+        loss=float(loss(labels, train_logits)),
         accuracy=float(np.mean(test_logits.argmax(axis=-1) == trial.test_labels)),
     )
