@@ -48,15 +48,16 @@ def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[Pac
         return False
     width = slots[0].state_format.block_size
 
-    def of_rows(changed, read, scalars, look_up):
+    def of_rows(changed, read, scalars, target):
         old, *stored = changed
         values = [
-            slot.state_format.decode_rows(dict(zip(slot.parts, parts, strict=True)), slot.is_signed, look_up)
+            slot.state_format.decode_rows(dict(zip(slot.parts, parts, strict=True)), slot.is_signed, target)
             for slot, parts in zip(slots, _dealt(stored, slots), strict=True)
         ]
         new, *values = program.run([read[0], old, *values, *read[1:]], scalars)
         encoded = [
-            slot.state_format.encode_rows(value, slot.is_signed) for slot, value in zip(slots, values, strict=True)
+            slot.state_format.encode_rows(value, slot.is_signed, target)
+            for slot, value in zip(slots, values, strict=True)
         ]
         return [new, *(part for parts in encoded for part in parts.values())]
 

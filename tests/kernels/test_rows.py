@@ -20,11 +20,11 @@ def runner(request, monkeypatch):
     monkeypatch.setitem(rows._RUNNERS, "cpu", RUNNERS[request.param])
 
 
-def step(changed, read, scalars, look_up):
+def step(changed, read, scalars, target):
     """A weight, codes with a scale a row, and what is added where a flag says so."""
     weight, codes, scale = changed
     rate, flag = scalars
-    value = look_up(TABLE, codes) * scale[:, None] + read[0]
+    value = target.look_up(TABLE, codes) * scale[:, None] + read[0]
     greatest = abs(value).max(axis=-1)
     new = (value / greatest[:, None] * 127 + 127.5).astype("uint8")
     return [weight - rate * value * flag.astype("float32"), new, greatest]
@@ -40,7 +40,7 @@ def test_all_rows_are_replaced(runner, n_rows, flag):
     codes, scale = draw.integers(0, 256, (n_rows, 256)).astype("uint8"), draw.uniform(1, 2, n_rows).astype("float32")
     changed, scalars = [weight, codes, scale], [np.float32(0.1), np.bool_(flag)]
     run = jax.jit(lambda changed, read, scalars: rows.replaced(step, changed, read, scalars, [TABLE]))
-    expected = step(changed, [gradient], scalars, lambda table, codes: table[codes.astype("int32")])
+    expected = step(changed, [gradient], scalars, rows.Target(lambda table, codes: table[codes.astype("int32")]))
     for found, wanted in zip(run(changed, [gradient], scalars), expected, strict=True):
         assert found.dtype == wanted.dtype
         if found.dtype == "uint8":  # a number near a whole one may be cut to either side
@@ -59,7 +59,7 @@ def test_everything_stays_where_told(runner, keep):
     codes = draw.integers(0, 120, (300, 256)).astype("uint8")
     float8 = codes.view(ml_dtypes.float8_e4m3fn)
 
-    def step(changed, read, scalars, look_up):
+    def step(changed, read, scalars, target):
         weight, codes, float8 = changed
         return [weight * np.nan, codes + codes.dtype.type(1), (float8.astype("float32") + 500).astype(float8.dtype)]
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_precision.formats.base import Part
-from keras_precision.kernels.rows import look_up
+from keras_precision.kernels import rows
 from keras_precision.optimizers.states.geometry import Folding
 
 LEAST_BLOCK_SIZE = 16
@@ -111,7 +111,7 @@ class StateFormat(abc.ABC):
                 moments.
         """
         folding = self._folding(value.shape)
-        codes, scale = self._quantized(folding.split(value), is_signed)
+        codes, scale = self._quantized(folding.split(value), is_signed, rows.ANY)
         return {"codes": self._stored(folding.join(codes)), "scale": scale}
 
     def decode(self, parts, shape: tuple[int, ...], is_signed: bool):
@@ -124,7 +124,7 @@ class StateFormat(abc.ABC):
         """
         folding = self._folding(shape)
         codes = folding.split(self._loaded(parts["codes"], folding.cols))
-        values = self._dequantized(codes, parts["scale"][..., None], is_signed, look_up)
+        values = self._dequantized(codes, parts["scale"][..., None], is_signed, rows.ANY)
         return keras.ops.reshape(folding.join(values), shape)
 
     def has_rows(self, shape: tuple[int, ...]) -> bool:
@@ -140,41 +140,41 @@ class StateFormat(abc.ABC):
         """Returns the tables that `decode_rows` looks numbers up in."""
         return ()
 
-    def encode_rows(self, value, is_signed: bool) -> dict[str, Any]:
+    def encode_rows(self, value, is_signed: bool, target: rows.Target = rows.ANY) -> dict[str, Any]:
         """Returns the parts of some blocks: what `encode` does, but for shapes.
 
         Args:
             value: float32 tensor (n_rows, block_size).
             is_signed: as for `encode`.
+            target: what it runs on.
 
         Returns:
             For each part a tensor (n_rows, *row_shapes[name]).
         """
-        codes, scale = self._quantized(value, is_signed)
+        codes, scale = self._quantized(value, is_signed, target)
         return {"codes": self._stored(codes), "scale": scale}
 
-    def decode_rows(self, parts, is_signed: bool, look_up=look_up):
+    def decode_rows(self, parts, is_signed: bool, target: rows.Target = rows.ANY):
         """Returns what parts stand for that `encode_rows` returned: a float32 tensor (n_rows, block_size).
 
         Args:
             parts: tensors.
             is_signed: as they were encoded.
-            look_up: function of one of `tables` and codes, where tables must
-                not be constants of a program.
+            target: what it runs on.
         """
         codes = self._loaded(parts["codes"], self.block_size)
-        return self._dequantized(codes, parts["scale"][..., None], is_signed, look_up)
+        return self._dequantized(codes, parts["scale"][..., None], is_signed, target)
 
     def bits_per_parameter(self, shape: tuple[int, ...]) -> float:
         """Returns the bits that one element of a slot of this shape takes, scales included."""
         return sum(part.nbytes for part in self.parts(shape).values()) * 8 / math.prod(shape)
 
     @abc.abstractmethod
-    def _quantized(self, grouped, is_signed):
+    def _quantized(self, grouped, is_signed, target):
         """Returns codes (*lead, n_blocks, block_size), as `_stored` takes them, and scale (*lead, n_blocks) of blocks."""
 
     @abc.abstractmethod
-    def _dequantized(self, codes, scale, is_signed, look_up):
+    def _dequantized(self, codes, scale, is_signed, target):
         """Returns float32 (*lead, n_blocks, block_size) of codes, as `_loaded` gives them, and scale (*lead, n_blocks, 1)."""
 
     def _stored(self, codes):

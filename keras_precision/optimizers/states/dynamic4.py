@@ -29,17 +29,17 @@ class Dynamic4(StateFormat):
         """Returns the values of the codes."""
         return (SIGNED.array,) if is_signed else ()
 
-    def _quantized(self, grouped, is_signed):
+    def _quantized(self, grouped, is_signed, target):
         if is_signed:
-            scale = absmax.peak(grouped)
+            scale = absmax.peak(grouped, target)
             return SIGNED.nearest(grouped, scale), scale
-        scale = ops.sqrt(absmax.absmax(grouped))
+        scale = ops.sqrt(absmax.absmax(grouped, target))
         sixteenths = ops.sqrt(ops.abs(grouped)) * absmax.reciprocal(scale, 16.0)
         return ops.cast(ops.clip(ops.floor(sixteenths + 0.5), 1.0, 16.0), "int32") - 1, scale
 
-    def _dequantized(self, codes, scale, is_signed, look_up):
+    def _dequantized(self, codes, scale, is_signed, target):
         if is_signed:
-            return SIGNED.decode(codes, look_up) * scale
+            return SIGNED.decode(codes, target) * scale
         return ops.square(ops.cast(ops.cast(codes, "int32") + 1, "float32") * (scale * (1 / 16)))
 
     def _stored(self, codes):

@@ -30,16 +30,16 @@ class Dynamic8(StateFormat):
         """Returns the values of the codes."""
         return ((SIGNED if is_signed else UNSIGNED).array,)
 
-    def _quantized(self, grouped, is_signed):
+    def _quantized(self, grouped, is_signed, target):
         if is_signed:
-            scale = absmax.peak(grouped)
+            scale = absmax.peak(grouped, target)
             return SIGNED.nearest(grouped, scale), scale
-        scale = absmax.absmax(grouped)
+        scale = absmax.absmax(grouped, target)
         least = ops.cast(absmax.is_positive(grouped), "int32")
         return ops.maximum(UNSIGNED.nearest(grouped, scale), least), scale
 
-    def _dequantized(self, codes, scale, is_signed, look_up):
-        return (SIGNED if is_signed else UNSIGNED).decode(codes, look_up) * scale
+    def _dequantized(self, codes, scale, is_signed, target):
+        return (SIGNED if is_signed else UNSIGNED).decode(codes, target) * scale
 
 
 DYNAMIC8 = register_state_format(Dynamic8("dynamic8", bits=8, block_size=256))

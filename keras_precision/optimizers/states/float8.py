@@ -25,12 +25,12 @@ class Float8(StateFormat):
     4.4e-6 of the greatest root.
     """
 
-    def _quantized(self, grouped, is_signed):
+    def _quantized(self, grouped, is_signed, target):
         if is_signed:
-            scale = _scale(absmax.absmax(grouped))
+            scale = _scale(absmax.absmax(grouped, target))
             scaled = grouped * absmax.reciprocal(scale)
         else:
-            scale = _scale(ops.sqrt(absmax.absmax(grouped)))
+            scale = _scale(ops.sqrt(absmax.absmax(grouped, target)))
             reciprocal = absmax.reciprocal(scale)
             # Roots from 2**-63 have squares that are not subnormal. The cast may round down, by less than half.
             least = ops.maximum(2.0**-62 * reciprocal, E4M3.smallest_subnormal)
@@ -39,7 +39,7 @@ class Float8(StateFormat):
         # Rounding the scale may take the greatest beyond 448, and casts don't saturate: 480 would become NaN.
         return ops.clip(scaled, -E4M3.max, E4M3.max), scale
 
-    def _dequantized(self, codes, scale, is_signed, look_up):
+    def _dequantized(self, codes, scale, is_signed, target):
         product = codes * scale
         return product if is_signed else ops.square(product)
 
