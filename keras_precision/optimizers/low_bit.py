@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_precision import _bridge, _bridge_optimizers, _bridge_variables
-from keras_precision.optimizers import row_step, slot_files, slots
+from keras_precision.optimizers import row_step, slot_files, slots, turns
 from keras_precision.optimizers.packed_slot import PackedSlot
 from keras_precision.optimizers.states import STATE_FORMATS, StateFormat
 from keras_precision.optimizers.wrapper import OptimizerWrapper
@@ -97,11 +97,10 @@ class PacksSlots(_bridge_optimizers.DecaysInStep):
         slots_of_weight = [slot for slot in self._packed_slots if slot.weight is variable]
         if not row_step.update(step, gradient, variable, slots_of_weight):
             step(gradient)
-            self._flush()
+            turns.end([*self._flush(), ops.convert_to_tensor(variable)])
 
     def _flush(self):
-        for slot in self._packed_slots:
-            slot.flush()
+        return [tensor for slot in self._packed_slots for tensor in slot.flush()]
 
     def save_own_variables(self, store):
         """Writes what `slot_files` says."""

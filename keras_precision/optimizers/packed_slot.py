@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_precision import _bridge_variables
+from keras_precision.optimizers import turns
 from keras_precision.optimizers.states import StateFormat
 
 
@@ -50,7 +51,9 @@ class PackedSlot:
     def value(self):
         """float32 tensor."""
         if self._value is None:
-            tensors = {name: _bridge_variables.tensor_of(part) for name, part in self.parts.items()}
+            tensors = {
+                name: turns.after_the_last(_bridge_variables.tensor_of(part)) for name, part in self.parts.items()
+            }
             self._value = self.state_format.decode(tensors, self.shape, self.is_signed)
         return self._value
 
@@ -80,13 +83,14 @@ class PackedSlot:
         """Subtracts from rows."""
         return self.assign_sub(ops.convert_to_tensor(slices))
 
-    def flush(self) -> None:
-        """Stores what was assigned, and forgets the float32 values."""
+    def flush(self) -> list:
+        """Stores what was assigned, and forgets the float32 values; returns the tensors that were stored."""
         value, is_changed = self._value, self._is_changed
         self.forget()
-        if is_changed:
-            for name, tensor in self.state_format.encode(value, self.is_signed).items():
-                self.parts[name].assign(tensor)
+        encoded = self.state_format.encode(value, self.is_signed) if is_changed else {}
+        for name, tensor in encoded.items():
+            self.parts[name].assign(tensor)
+        return list(encoded.values())
 
     def forget(self) -> None:
         """Drops what was assigned and not stored."""
