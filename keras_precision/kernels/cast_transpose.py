@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from keras_precision.kernels.compiled import jitted
+from keras_precision.kernels.compiled import jitted, triton_call
 from keras_precision.kernels.device import MOST_PROGRAMS_ON_AN_AXIS
 
 TILE = (64, 128)
@@ -40,7 +40,6 @@ def _cast_transpose(x, scale, *, dtype, largest, interpret):
     import jax
     import jax.numpy as jnp
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
 
     def kernel(x_ref, reciprocal_ref, codes_ref, transposed_ref):
         scaled = x_ref[...].astype("float32") * reciprocal_ref[0]
@@ -52,12 +51,12 @@ def _cast_transpose(x, scale, *, dtype, largest, interpret):
 
     rows, columns = TILE
     m, k = x.shape
-    return pl.pallas_call(
+    return triton_call(
         kernel,
         grid=(m // rows, k // columns),
         in_specs=[pl.BlockSpec(TILE, lambda i, j: (i, j)), pl.BlockSpec((1,), lambda i, j: (0,))],
         out_specs=[pl.BlockSpec(TILE, lambda i, j: (i, j)), pl.BlockSpec(TILE[::-1], lambda i, j: (j, i))],
         out_shape=[jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((k, m), dtype)],
+        warps=_WARPS,
         interpret=interpret,
-        compiler_params=None if interpret else triton.CompilerParams(num_warps=_WARPS, num_stages=1),
     )(x, (1 / scale).reshape(1))

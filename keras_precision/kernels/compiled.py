@@ -19,6 +19,23 @@ def jitted(function, names):
     return jax.jit(function, static_argnames=names)
 
 
+def triton_call(kernel, *, warps: int, stages: int = 1, interpret: bool = False, **settings):
+    """Returns what runs a Pallas kernel through Triton (JAX only).
+
+    Args:
+        kernel: of references.
+        warps: of a program.
+        stages: steps that loops fetch matrix units' operands ahead.
+        interpret: True to run it on any device, slowly.
+        **settings: of `pallas_call`.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    parameters = None if interpret else triton.CompilerParams(num_warps=warps, num_stages=stages)
+    return pl.pallas_call(kernel, interpret=interpret, compiler_params=parameters, **settings)
+
+
 def compiled(function):
     """Returns `function`, compiled once for each shape and dtype of its arguments where the backend has XLA.
 

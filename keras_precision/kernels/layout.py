@@ -66,19 +66,16 @@ def scales_at(arrays, block, column, layout: Layout):
         column: int32 tensor, likewise.
         layout: what the arrays mean; with a block size.
     """
+    import jax.numpy as jnp
+
     codes, *others = arrays
     if layout.largest_scale is None:
         return codes[block, column]
     absmax, offset, table = others
     n_blocks = -(-layout.shape[0] // layout.block_size)
     product = table[codes[block, column].astype("int32")] * absmax[(column * n_blocks + block) // SCALES_PER_BLOCK]
-    return _clipped(product, layout.largest_scale, offset[0])
-
-
-def _clipped(product, largest, offset):
-    """See `formats.double_quant.decode`."""
-    import jax.numpy as jnp
-
+    # What `formats.double_quant.decode` does, in the places asked for.
+    largest, offset = layout.largest_scale, offset[0]
     return jnp.maximum(jnp.minimum(product, largest - offset), -largest - offset) + offset
 
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keras_precision.kernels import codes as code_values
-from keras_precision.kernels.compiled import jitted
+from keras_precision.kernels.compiled import jitted, triton_call
 from keras_precision.kernels.layout import Layout, scales_at, vectors
+from keras_precision.kernels.partial_sums import added, places, split
 
 _LONGEST_RUN = 64  # rows of the weight: the kernel's code is as long as a run
 
@@ -86,9 +87,7 @@ def _product(x, codes, scales, *, layout, strip, result, interpret):
     step_rows = strip.runs * run
     steps = -(-layout.byte_rows // step_rows)
     column_programs = -(-n // strip.columns)
-    splits = max(1, min(steps, strip.programs // (column_programs * m)))
-    steps_each = -(-steps // splits)
-    splits = -(-steps // steps_each)
+    splits, steps_each = split(steps, strip.programs // (column_programs * m))
     per_block = layout.block_size is not None
     is_whole = layout.byte_rows == splits * steps_each * step_rows
     # Rows beyond the last are multiplied with zeros, columns beyond the last are cut off.
@@ -96,19 +95,17 @@ def _product(x, codes, scales, *, layout, strip, result, interpret):
 
     def kernel(x_ref, codes_ref, *refs):
         *scale_refs, out_ref = refs
-        column_program, split, row = (pl.program_id(axis) for axis in range(3))
+        column_program, part, row = (pl.program_id(axis) for axis in range(3))
         start_of_columns = column_program * strip.columns
-        columns = start_of_columns + jnp.arange(strip.columns)[None]
-        # Clamped columns are read one by one.
-        columns = columns if n % strip.columns == 0 else jnp.minimum(columns, n - 1)
-        places = jnp.arange(strip.runs * rows)  # row of a read -> its run, and its row in there
-        first_rows = places // rows * run + places % rows
+        columns = places(start_of_columns, strip.columns, n)[None]
+        read_rows = jnp.arange(strip.runs * rows)  # each has its run, and its row in there
+        first_rows = read_rows // rows * run + read_rows % rows
 
         def existing(byte_rows):
             return byte_rows if is_whole else jnp.minimum(byte_rows, layout.byte_rows - 1)
 
         def step(i, total):
-            start = (split * steps_each + i) * step_rows
+            start = (part * steps_each + i) * step_rows
             partial = jnp.zeros(total.shape, "float32")
             for first in range(0, run, rows * reads):
                 read = []
@@ -126,20 +123,13 @@ def _product(x, codes, scales, *, layout, strip, result, interpret):
 
         total = jnp.zeros((strip.runs * rows, strip.columns), "float32")
         total = jax.lax.fori_loop(0, steps_each, step, total) if steps_each > 1 else step(0, total)
-        out_ref[split, row, pl.ds(start_of_columns, strip.columns)] = jnp.sum(total, axis=0)
+        out_ref[part, row, pl.ds(start_of_columns, strip.columns)] = jnp.sum(total, axis=0)
 
-    sums = pl.pallas_call(
+    sums = triton_call(
         kernel,
         grid=(column_programs, splits, m),
         out_shape=jax.ShapeDtypeStruct((splits, m, column_programs * strip.columns), "float32"),
+        warps=strip.warps,
         interpret=interpret,
-        **({} if interpret else {"compiler_params": _parameters(strip)}),
     )(x, codes, *(vectors(scales) if per_block else ()))
-    total = jnp.sum(sums, axis=0)[:, :n]
-    return (total if per_block or not scales else total * scales[0]).astype(result)
-
-
-def _parameters(strip):
-    from jax.experimental.pallas import triton
-
-    return triton.CompilerParams(num_warps=strip.warps, num_stages=1)
+    return added(sums, (m, n), scales, layout, result)

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keras_precision.kernels import codes as code_values
-from keras_precision.kernels.compiled import jitted
+from keras_precision.kernels.compiled import jitted, triton_call
 from keras_precision.kernels.device import MOST_PROGRAMS_ON_AN_AXIS
 from keras_precision.kernels.layout import Layout, scales_at, vectors, with_plain_scales
+from keras_precision.kernels.partial_sums import added, places, split
 
 # More rows take more programs, of which each expands double-quantized scales (64 rows: 80 us, 50 with float32 scales).
 _LARGEST_BATCH_THAT_EXPANDS = 32
@@ -127,9 +128,7 @@ def _product(x, codes, scales, *, layout, tile, dtype, result, interpret):
     step_rows = tile.rows * tile.reads
     steps = -(-layout.byte_rows // step_rows)
     column_programs = -(-n // tile.columns)
-    splits = max(1, min(steps, tile.programs // (column_programs * -(-m // tile.batch))))
-    steps_each = -(-steps // splits)
-    splits = -(-steps // steps_each)
+    splits, steps_each = split(steps, tile.programs // (column_programs * -(-m // tile.batch)))
     # Rows beyond the last are multiplied with zeros, columns beyond the last are cut off.
     x = jnp.pad(x, ((0, -m % tile.batch), (0, splits * steps_each * step_rows * per_byte - k)))
     batch = x.shape[0]
@@ -138,26 +137,26 @@ def _product(x, codes, scales, *, layout, tile, dtype, result, interpret):
 
     def kernel(x_ref, codes_ref, *refs):
         *scale_refs, out_ref = refs
-        column_program, split, row_program = (pl.program_id(axis) for axis in range(3))
-        columns = _places(column_program * tile.columns, tile.columns, n)
-        first = split * steps_each
+        column_program, part, row_program = (pl.program_id(axis) for axis in range(3))
+        columns = places(column_program * tile.columns, tile.columns, n)
+        first = part * steps_each
         batch_rows = pl.ds(row_program * tile.batch, tile.batch)
 
         def fetched(step):
             start = jnp.minimum(step, first + steps_each - 1) * step_rows
             read = []
-            for part in range(tile.reads):
-                rows = _places(start + part * tile.rows, tile.rows, layout.byte_rows)
+            for place in range(tile.reads):
+                rows = places(start + place * tile.rows, tile.rows, layout.byte_rows)
                 read.append(_decoded_first(codes_ref[rows[:, None], columns[None]], layout, dtype, interpret))
             if not per_block:
                 return read, None
             block = jax.lax.div(jnp.minimum(start, layout.byte_rows - 1) * per_byte, layout.block_size)
             return read, scales_at(scale_refs, block, columns, layout)
 
-        def added(step, read, scale, total):
+        def multiplied(step, read, scale, total):
             sums = []
-            for part, packed in enumerate(read):
-                start = (step * tile.reads + part) * tile.rows
+            for place_of_read, packed in enumerate(read):
+                start = (step * tile.reads + place_of_read) * tile.rows
                 products = []
                 for place, value in enumerate(_decoded_last(packed, layout, dtype, interpret)):
                     part_of_x = x_ref[place, batch_rows, pl.ds(start, tile.rows)]
@@ -170,22 +169,22 @@ def _product(x, codes, scales, *, layout, tile, dtype, result, interpret):
 
         def next_step(step, carry):
             if not tile.decodes_ahead:
-                return added(step, *fetched(step), carry)
+                return multiplied(step, *fetched(step), carry)
             now, total = carry
             following = fetched(step + 1)
-            return following, added(step, *now, total)
+            return following, multiplied(step, *now, total)
 
         total = jnp.zeros((tile.batch, tile.columns), "float32")
         carry = (fetched(first), total) if tile.decodes_ahead else total
         carry = jax.lax.fori_loop(first, first + steps_each, next_step, carry)
         total = carry[1] if tile.decodes_ahead else carry
-        out_ref[split, batch_rows, pl.ds(column_program * tile.columns, tile.columns)] = total
+        out_ref[part, batch_rows, pl.ds(column_program * tile.columns, tile.columns)] = total
 
     grid = (column_programs, splits, batch // tile.batch)
     out_shape = jax.ShapeDtypeStruct((splits, batch, column_programs * tile.columns), "float32")
-    sums = _call(kernel, grid, out_shape, tile, interpret)(x, codes, *(vectors(scales) if per_block else ()))
-    total = jnp.sum(sums, axis=0)[:m, :n]
-    return (total if per_block or not scales else total * scales[0]).astype(result)
+    run = triton_call(kernel, grid=grid, out_shape=out_shape, warps=tile.warps, stages=tile.stages, interpret=interpret)
+    sums = run(x, codes, *(vectors(scales) if per_block else ()))
+    return added(sums, (m, n), scales, layout, result)
 
 
 def _decoded(codes, scales, *, layout, tile, dtype, interpret):
@@ -212,23 +211,8 @@ def _decoded(codes, scales, *, layout, tile, dtype, interpret):
 
     grid = (n // tile.columns, byte_rows // tile.rows)
     out_shape = jax.ShapeDtypeStruct((byte_rows, per_byte, n), dtype)
-    return _call(kernel, grid, out_shape, tile, interpret)(codes, *vectors(scales)).reshape(byte_rows * per_byte, n)
-
-
-def _call(kernel, grid, out_shape, tile, interpret):
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    parameters = None if interpret else triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
-    return pl.pallas_call(kernel, grid=grid, out_shape=out_shape, interpret=interpret, compiler_params=parameters)
-
-
-def _places(start, size, end):
-    """Returns the indices start..start + size; where `end` is no multiple of the size, those beyond are the last one."""
-    import jax.numpy as jnp
-
-    places = start + jnp.arange(size)
-    return places if end % size == 0 else jnp.minimum(places, end - 1)
+    run = triton_call(kernel, grid=grid, out_shape=out_shape, warps=tile.warps, stages=tile.stages, interpret=interpret)
+    return run(codes, *vectors(scales)).reshape(byte_rows * per_byte, n)
 
 
 def _decoded_first(packed, layout, dtype, interpret):
