@@ -24,6 +24,11 @@ def has_triton() -> bool:
     return _capability() >= 8 and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
+def has_wgmma() -> bool:
+    """Returns whether the default device has Hopper's matrix units, which no later GPU has, and Pallas kernels reach them."""
+    return _capability() == 9.0 and importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is not None
+
+
 def has_float8() -> bool:
     """Returns whether the default device multiplies float8 matrices: NVIDIA GPUs from Ada on."""
     return _capability() >= 8.9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,16 @@ import keras
 from keras import ops
 
 from keras_precision import dtypes
-from keras_precision.kernels import cast_transpose, device, float8, measured, reference, row_product, weight_only
+from keras_precision.kernels import (
+    cast_transpose,
+    device,
+    float8,
+    measured,
+    reference,
+    row_product,
+    warpgroup,
+    weight_only,
+)
 from keras_precision.kernels.layout import Layout
 
 
@@ -18,9 +28,9 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
 
     On NVIDIA GPUs from Ampere on, under JAX, few rows are multiplied by a
     kernel that reads each code once and more rows with a weight that a kernel
-    decodes; everywhere else, and under `keras.distribution`, with what
+    decodes, if it isn't decoded in Hopper's matrix units' operands; everywhere else, and under `keras.distribution`, with what
     `decode` gives. Results differ from those by no more than
-    `row_product.product` and `weight_only.product` tell, beside the backend's
+    `row_product.product`, `weight_only.product` and `warpgroup.product` tell, beside the backend's
     matmul precision. The gradient with respect to x is that of a product with
     the decoded weight; codes and scales get none.
 
@@ -46,7 +56,7 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
         return decode(dtype)
 
     rows = math.prod(x.shape[:-1])
-    tile = plan.product(rows) if dtype != "float32" or rows == 1 else None
+    tile = _tile(layout, rows, dtype)
 
     @ops.custom_gradient
     def product(x, codes, *scales):
@@ -66,17 +76,26 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
     return ops.reshape(found, (*x.shape[:-1], layout.shape[1]))
 
 
-def product_by(tile: row_product.Strip | weight_only.Tile) -> Callable:
-    """Returns what multiplies with such a tile: `row_product.product` or `weight_only.product`."""
-    return row_product.product if isinstance(tile, row_product.Strip) else weight_only.product
+def _tile(layout, rows, dtype):
+    """Returns what to multiply so many rows by, None if the weight is to be decoded."""
+    if device.has_wgmma() and warpgroup.can_run(layout, dtype):
+        return measured.first_for(rows, measured.SLABS[layout.kind])
+    return measured.PLANS[layout.kind].product(rows) if dtype != "float32" or rows == 1 else None
+
+
+def product_by(tile: row_product.Strip | weight_only.Tile | warpgroup.Slab) -> Callable:
+    """Returns what multiplies with such a tile."""
+    module = {row_product.Strip: row_product, weight_only.Tile: weight_only, warpgroup.Slab: warpgroup}[type(tile)]
+    return module.product
 
 
 def integer_products(x, codes) -> Callable:
     """Returns what multiplies int8 codes with those of x: `reference.scaled_products` or a faster function like it.
 
-    On NVIDIA GPUs from Ampere on, under JAX, few rows are multiplied by the
-    kernel of `weight_only`, which sums in float32: then sums above 2**24 are
-    rounded, by at most (k + 3) 2**-24 of the sum of magnitudes.
+    Under JAX Hopper GPUs run a kernel of their own. On other NVIDIA GPUs from
+    Ampere on few rows are multiplied by the kernel of `weight_only`, which sums
+    in float32: then sums above 2**24 are rounded, by at most (k + 3) 2**-24 of
+    the sum of magnitudes.
 
     Args:
         x: float tensor (..., k) that is to be rounded to codes.
@@ -86,9 +105,12 @@ def integer_products(x, codes) -> Callable:
     if not can_run(x, codes, layout, "bfloat16"):
         return reference.scaled_products
     rows = math.prod(x.shape[:-1])
+    fits = layout.shape[0] <= reference.ROWS_PER_SUM
+    if fits and device.has_wgmma() and warpgroup.can_run(layout, "int8"):
+        slab = measured.first_for(rows, measured.SLABS["integers"])
+        return functools.partial(warpgroup.integer_product, slab=slab)
     tile = measured.PLANS[layout.kind].product(rows)
     if tile is None:
-        fits = layout.shape[0] <= reference.ROWS_PER_SUM
         is_large = rows >= measured.ROWS_OF_INTEGER_PARTS
         return scaled_products_in_parts if is_large and fits else reference.scaled_products
 

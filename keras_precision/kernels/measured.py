@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from keras_precision.kernels.row_product import Strip
+from keras_precision.kernels.warpgroup import Slab
 from keras_precision.kernels.weight_only import Tile
 
 
@@ -23,7 +26,12 @@ class Plan:
 
     def product(self, rows: int) -> Strip | Tile | None:
         """Returns the tile for so many rows, None if the weight is to be decoded."""
-        return next((tile for greatest, tile in self.products if rows <= greatest), None)
+        return first_for(rows, self.products)
+
+
+def first_for(rows: int, products: tuple) -> Any:
+    """Returns the tile of the first pair (greatest number of rows, tile) that goes so far, None if none does."""
+    return next((tile for greatest, tile in products if rows <= greatest), None)
 
 
 # One H100 80GB, jax 0.11.2, bfloat16, 2026-11-23. Other devices that have Triton use the same, unmeasured.
@@ -59,6 +67,34 @@ PLANS = {
         Tile(1, 256, 32),
     ),
 }
+
+_CODEBOOK = (
+    (8, Slab(8, 8, 3, pairs=2)),
+    (16, Slab(16, 8, 3, pairs=2)),
+    (32, Slab(32, 4, 5, pairs=2)),
+    (64, Slab(64, 4, 3, pairs=2)),
+    (128, Slab(128, 2, 5)),
+    (2048, Slab(256, 2, 3, cluster=2)),
+)
+SLABS = {
+    "whole": _CODEBOOK,
+    "table": _CODEBOOK,
+    "bytes": (
+        (8, Slab(8, 4, 4, pairs=2)),
+        (16, Slab(16, 4, 4, pairs=2)),
+        (64, Slab(64, 2, 5)),
+        (128, Slab(128, 2, 4)),
+        (math.inf, Slab(256, 1, 4, cluster=2)),
+    ),
+    "integers": (
+        (8, Slab(8, 2, 6, pairs=2)),
+        (16, Slab(16, 1, 8)),
+        (64, Slab(64, 1, 6)),
+        (128, Slab(128, 1, 5)),
+        (math.inf, Slab(256, 1, 4, cluster=2)),
+    ),
+}
+"""What Hopper multiplies 16-bit activations by, where it can, before any plan; "integers" are int8 codes times int8 codes."""
 
 ROWS_OF_INTEGER_PARTS = 1024
 """From so many rows on int8 codes are multiplied in parts of so many rows (4096 rows: 1,094 us whole and, in another run, 496 so)."""
