@@ -45,6 +45,11 @@ class Layout:
         return "whole" if code_values.are_whole(self.values) else "table"
 
     @property
+    def blocks(self) -> int:
+        """Blocks of rows; with a block size."""
+        return -(-self.shape[0] // self.block_size)
+
+    @property
     def byte_rows(self) -> int:
         """Rows of bytes."""
         return -(-self.shape[0] // self.codes_per_byte)
@@ -66,17 +71,31 @@ def scales_at(arrays, block, column, layout: Layout):
         column: int32 tensor, likewise.
         layout: what the arrays mean; with a block size.
     """
-    import jax.numpy as jnp
-
     codes, *others = arrays
     if layout.largest_scale is None:
         return codes[block, column]
     absmax, offset, table = others
-    n_blocks = -(-layout.shape[0] // layout.block_size)
-    product = table[codes[block, column].astype("int32")] * absmax[(column * n_blocks + block) // SCALES_PER_BLOCK]
-    # What `formats.double_quant.decode` does, in the places asked for.
-    largest, offset = layout.largest_scale, offset[0]
+    product = table[codes[block, column].astype("int32")] * absmax[group_of_scale(block, column, layout)]
+    return expanded(product, offset[0], layout)
+
+
+def expanded(product, offset, layout: Layout):
+    """Returns float32 scales of double quantization, as `formats.double_quant.decode` makes them.
+
+    Args:
+        product: of the codes' values and their factors.
+        offset: what was subtracted from all.
+        layout: of the weight.
+    """
+    import jax.numpy as jnp
+
+    largest = layout.largest_scale
     return jnp.maximum(jnp.minimum(product, largest - offset), -largest - offset) + offset
+
+
+def group_of_scale(block, column, layout: Layout):
+    """Returns which factor a double-quantized scale has."""
+    return (column * layout.blocks + block) // SCALES_PER_BLOCK
 
 
 def with_plain_scales(scales, layout: Layout):

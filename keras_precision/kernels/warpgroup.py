@@ -16,7 +16,7 @@ from typing import Any
 
 from keras_precision.kernels import fragments
 from keras_precision.kernels.compiled import jitted
-from keras_precision.kernels.layout import Layout, with_plain_scales
+from keras_precision.kernels.layout import Layout, vectors
 from keras_precision.kernels.partial_sums import added, split
 
 _COLUMNS = 2 * fragments.COLUMNS
@@ -116,8 +116,6 @@ def integer_product(x_codes, x_scale, codes, scale, dtype: str, slab: Slab, inte
 def _product(x, codes, scales, x_scale, *, layout, slab, result, interpret):
     import jax.numpy as jnp
 
-    if layout.largest_scale is not None:
-        scales, layout = with_plain_scales(scales, layout)
     (k, n), m = layout.shape, x.shape[0]
     rows = fragments.rows_of(x.dtype.name)
     # Rows of x are copied eight at a time, and read as zeros beyond the last.
@@ -143,9 +141,9 @@ def _loaded(sums, place):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     try:
-        return plgpu.load(sums.at[place], layout=plgpu.Layout.WGMMA)
+        return plgpu.load(sums.at[place], layout=plgpu.Layout.WGMMA, optimized=False)
     except TypeError:  # jax 0.10 takes the place apart
-        return plgpu.load(sums, (place,), layout=plgpu.Layout.WGMMA)
+        return plgpu.load(sums, (place,), layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, steps):
@@ -167,15 +165,16 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
     # Blocks lie within a step, or steps within a block.
     blocks = max(1, rows * parts // layout.block_size) if per_block else 1
     with_columns, with_rows = splits == 1 and not per_block and bool(scales), x_scale is not None
-    arrays = [x, codes, *(scales if per_block or with_columns else ()), *([x_scale] if with_rows else ())]
+    scales = vectors(scales) if per_block or with_columns else []
+    arrays = [x, codes, *scales, *([x_scale] if with_rows else ())]
 
     def kernel(
         *refs, x_tiles, code_tiles, full, empty, scale_tiles=None, others_sums=None, complete=None, all_sums=None
     ):
         refs = iter(refs)
         x_ref, codes_ref = next(refs), next(refs)
-        scales_ref = next(refs) if per_block else None
-        column_scales, row_scales = (next(refs) if given else None for given in (with_columns, with_rows))
+        scales_ref, *factors = [next(refs) for _ in scales] or [None]
+        row_scales = next(refs) if with_rows else None
         out_ref = next(refs)
         warpgroup, part, row_program = map(lax.axis_index, ("warpgroup", "part", "row_program"))
         column_program = lax.axis_index("column_program")
@@ -213,10 +212,16 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
 
         half = lax.rem(warpgroup, 2)
 
-        def decoded(slot, place):
-            scale = scale_tiles.at[slot, place * blocks // parts] if per_block else None
+        def decoded(step, place):
+            slot = lax.rem(step, stages)
+            scale, block = None, 0
+            if per_block:
+                scale = scale_tiles.at[slot, place * blocks // parts]
+                block = lax.div(((first + step) * parts + place) * rows, layout.block_size)
+                block = lax.min(block, layout.blocks - 1)
             tile = code_tiles.at[slot, pl.ds(place * byte_rows, byte_rows)]
-            return fragments.decode(tile, scale, half, layout, dtype, interpreted)
+            column = column_program * _COLUMNS
+            return fragments.decode(tile, scale, factors, half, column, block, layout, dtype, interpreted)
 
         def multiply(own, sums):
             own_places = range(own, parts, pairs)
@@ -233,10 +238,10 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
                             plgpu.barrier_arrive(empty.at[lax.rem(i + stages - 1, stages)])
 
                     if place + pairs < parts:
-                        operand = decoded(slot, place + pairs)
+                        operand = decoded(i, place + pairs)
                     elif not is_last:
                         plgpu.barrier_wait(full.at[following])
-                        operand = decoded(following, own)
+                        operand = decoded(i + 1, own)
                 return operand
 
             # Registers that are being multiplied can't take the next operand, so that two take turns.
@@ -260,12 +265,12 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
                 return
             if pairs > 1:
                 plgpu.barrier_wait(complete)
-                found += _loaded(others_sums, half)
+                found += others_sums[half] if interpreted else _loaded(others_sums, half)
             fragments.write(
                 out_ref.at[part, rows_of_x, columns],
                 found,
                 half,
-                column_scales.at[columns] if with_columns else None,
+                scales_ref.at[columns] if with_columns else None,
                 row_scales.at[rows_of_x] if with_rows else None,
                 m - row_program * batch,
                 result,
@@ -300,7 +305,7 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
             ),
             "full": plgpu.Barrier(num_arrivals=3 if per_block else 2, num_barriers=stages),
             "empty": empty(num_arrivals=2 * pairs, num_barriers=stages),
-            **({"scale_tiles": plgpu.SMEM((stages, blocks, _COLUMNS), "float32")} if per_block else {}),
+            **({"scale_tiles": plgpu.SMEM((stages, blocks, _COLUMNS), scales[0].dtype)} if per_block else {}),
             **({"others_sums": plgpu.SMEM((2, fragments.COLUMNS, batch), total_dtype)} if pairs > 1 else {}),
             **({"all_sums": plgpu.SMEM((2 * pairs, fragments.COLUMNS, batch), total_dtype)} if interpreted else {}),
             **({"complete": plgpu.Barrier(num_arrivals=2)} if pairs > 1 else {}),
