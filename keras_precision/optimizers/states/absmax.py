@@ -12,6 +12,8 @@ number: on some devices subnormal ones are zeros.
 """
 
 _INF = float("inf")
+_MAGNITUDE = 0x7FFFFFFF
+_ORDER = -_MAGNITUDE  # the first bit and the last one
 
 
 def absmax(grouped, target: Target = ANY):
@@ -30,9 +32,12 @@ def absmax(grouped, target: Target = ANY):
 def peak(grouped, target: Target = ANY):
     """Returns `absmax` with the sign of the number that has it; of two, one of each sign, the positive counts."""
     patterns = ops.view(grouped, "int32")
-    greatest = target.greatest(_magnitude(patterns))
-    number = ops.view(greatest, "float32")
-    return _checked(ops.where(target.greatest(patterns) == greatest, number, -number))
+    # One reduction: the pattern's sign bit goes to the end, so that magnitudes come first, and the flipped bits put
+    # these in the integers' order and the positive number above the negative one.
+    keys = ops.left_shift(patterns, 1) ^ (ops.right_shift(patterns, 31) & 1) ^ _ORDER
+    greatest = target.greatest(keys) ^ _ORDER
+    pattern = (ops.right_shift(greatest, 1) & _MAGNITUDE) | ops.left_shift(greatest, 31)
+    return _checked(ops.view(pattern, "float32"))
 
 
 def is_positive(grouped):
@@ -60,7 +65,7 @@ def reciprocal(scale, unit: float = 1.0):
 def _magnitude(patterns):
     """Returns the patterns without their signs: as integers they are in the numbers' order, NaN above all."""
     # XLA's greatest float on a CPU (jax 0.10) passes over NaN.
-    return patterns & 0x7FFFFFFF
+    return patterns & _MAGNITUDE
 
 
 def _checked(number):
