@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_precision.kernels.compiled import compiled
 from keras_precision.kernels.elementwise import NotElementwise, Program
 
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="records JAX's programs")
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() not in ("jax", "tensorflow"), reason="records what two backends trace"
+)
 
 SHAPE = (6, 8)
 
@@ -40,9 +43,7 @@ def test_parts_are_what_the_whole_is_there(function):
 
 
 def test_what_is_closed_over_becomes_tensors_and_scalars():
-    import jax
-
-    @jax.jit
+    @compiled
     def run(x, other, rate):
         decayed = rate * 0.5
         program = Program(lambda x: [x * ops.power(decayed, 2) + other * other], x)
@@ -52,7 +53,8 @@ def test_what_is_closed_over_becomes_tensors_and_scalars():
         return ops.concatenate(halves)
 
     x, other = array(0), array(1)
-    np.testing.assert_allclose(run(x, other, np.float32(4)), x * 4 + other * other, rtol=1e-6)
+    found = ops.convert_to_numpy(run(x, other, np.float32(4)))
+    np.testing.assert_allclose(found, x * 4 + other * other, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -76,3 +78,46 @@ def test_functions_that_mix_elements_are_refused(mixes):
 def test_square_shapes_do_not_hide_a_transposition():
     with pytest.raises(NotElementwise):
         Program(lambda x: [ops.transpose(x)], array(0, (4, 4)))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="variables are values elsewhere")
+def test_assignments_are_what_is_read_afterwards_and_never_run():
+    import tensorflow as tf
+
+    variable, rate = tf.Variable(array(1)), tf.Variable(0.5)
+
+    def function(x):
+        variable.assign_sub(x * rate)
+        variable.assign_add(tf.square(variable))
+        return [variable]
+
+    def with_argument(x, value):
+        variable.assign(value)
+        return function(x)
+
+    @tf.function(jit_compile=True)
+    def run(x):
+        program = Program(with_argument, x, variable)
+        return program.run([x[1:], variable[1:]], program.scalars)[0]
+
+    x, before = array(0), array(1)
+    after = before - x * 0.5
+    np.testing.assert_allclose(run(x), (after + after**2)[1:], rtol=1e-6)
+    np.testing.assert_array_equal(variable, before)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="has no effects that are recorded elsewhere")
+@pytest.mark.parametrize("name", ["assigns", "draws", "prints", "calls"])
+def test_functions_with_other_effects_are_refused(name):
+    import tensorflow as tf
+
+    other = tf.Variable(1.0)
+    functions = {
+        "assigns": lambda x: [x * other.assign_add(1.0)],
+        "draws": lambda x: [x * tf.random.normal(())],
+        "prints": lambda x: [x, tf.print(x)][:1],
+        "calls": lambda x: [tf.function(lambda y: y / tf.reduce_sum(y))(x)],
+    }
+    with pytest.raises(NotElementwise):
+        Program(functions[name], array(0))
+    assert other.numpy() == 1
