@@ -166,17 +166,24 @@ class SavedVariables(KerasSaveable):
 class DecaysInStep:
     """Makes an optimizer decay each weight when it updates it, not all before (mixed in by `_bridge.specialise`).
 
-    For optimizers that call `decay_now` in their `update_step`. Only on JAX:
-    on TensorFlow all replicas decay together.
+    For optimizers that call `decay_now` in their `update_step`. Replicas decay
+    together, before.
     """
 
     def _apply_weight_decay(self, variables):
-        if keras.backend.backend() == "jax":
-            vars(self)["_to_decay"] = list(variables)
-        else:
+        if keras.backend.backend() == "tensorflow" and _has_strategy():
             super()._apply_weight_decay(variables)
+        else:
+            vars(self)["_to_decay"] = {self._var_key(variable): variable for variable in variables}
 
     def decay_now(self, variable):
         """Decays a weight if the optimizer decays this one."""
-        if any(variable is other for other in vars(self).get("_to_decay", ())):
-            super()._apply_weight_decay([variable])
+        to_decay = vars(self).get("_to_decay", {}).get(self._var_key(variable))
+        if to_decay is not None:
+            super()._apply_weight_decay([to_decay])
+
+
+def _has_strategy():
+    import tensorflow as tf
+
+    return tf.distribute.has_strategy()

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 from keras.src.backend.common.stateless_scope import get_stateless_scope
-from keras.src.backend.common.stateless_scope import in_stateless_scope as in_stateless_scope
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.common.variables import AutocastScope
 
 
@@ -78,7 +78,12 @@ def add_overwritten(layer: keras.Layer, of: keras.Variable, name: str, shape: Se
     """
     with _unlocked(layer):
         variable = layer.add_weight(
-            name=name, shape=shape, initializer=initializer, dtype="float32", autocast=False, overwrite_with_gradient=True
+            name=name,
+            shape=shape,
+            initializer=initializer,
+            dtype="float32",
+            autocast=False,
+            overwrite_with_gradient=True,
         )
         variable._path = f"{of.path.rpartition('/')[0]}/{name}"
         setattr(layer, name, variable)
@@ -196,10 +201,18 @@ def stored_tensor_of(variable: keras.Variable) -> Any:
         return tensor_of(variable)
 
 
+def assignments_are_traced() -> bool:
+    """Returns whether compiled code may assign here: on JAX in a StatelessScope, on TensorFlow outside."""
+    return in_stateless_scope() == (keras.backend.backend() == "jax")
+
+
 @contextlib.contextmanager
 def assignments_undone() -> Iterator[set[int]]:
-    """Undoes, at the end of a block in a StatelessScope, what it assigned; yields what will be the ids of those variables."""
+    """Undoes what a block assigned in a StatelessScope, at its end; yields what will be the ids of those variables."""
     scope, assigned = get_stateless_scope(), set()
+    if scope is None:
+        yield assigned
+        return
     before = dict(scope.state_mapping)
     try:
         yield assigned

@@ -1,10 +1,12 @@
-"""What JAX computes on here, and whether kernels run there."""
+"""What is computed on here, and whether kernels run there."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
 from typing import Any
+
+import keras
 
 MOST_PROGRAMS_ON_AN_AXIS = 65535
 """CUDA's limit for all axes of a grid of programs but the first."""
@@ -16,6 +18,15 @@ def default() -> Any:
 
     device = jax.config.jax_default_device or jax.devices()[0]
     return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
+
+
+def platform() -> str:
+    """Returns "cpu", "gpu" or another name of the default device's kind."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return min((x.device_type for x in tf.config.get_visible_devices()), key="CPU".__eq__).lower()
+    return default().platform
 
 
 def has_triton() -> bool:

@@ -1,9 +1,9 @@
-"""Runs a function of rows on all rows of arrays, replacing some of them in place (JAX only)."""
+"""Runs a function of rows on all rows of arrays, replacing some of them in place."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -20,6 +20,8 @@ _WARPS = 1
 # weights on 2 cores, dynamic8: 64 ms, 54 with this).
 _ELEMENTS_OF_A_LOOP = 131072
 _LANES = 32
+# On TensorFlow XLA's CPU compiler converts a whole array of float8 in each round, and nothing views it as integers.
+_UPDATED_IN_PLACE = ("float32", "uint8")
 
 
 def _look_up(table, places):
@@ -58,13 +60,30 @@ ANY = Target()
 """Eager or compiled operations."""
 
 
-def can_run(tensor) -> bool:
-    """Returns whether `replaced` runs here: on JAX, in compiled code that has this tensor, for a CPU or a GPU."""
-    if keras.backend.backend() != "jax":
+def can_run(tensor, dtypes: Iterable[str] = ()) -> bool:
+    """Returns whether `replaced` runs here, on some devices in code that XLA compiles.
+
+    Args:
+        tensor: that the code has.
+        dtypes: of the arrays that would be changed.
+    """
+    is_compiled = _IS_COMPILED.get(keras.backend.backend())
+    if is_compiled is None or not is_compiled(tensor) or _runner() is None:
         return False
+    return _runner() is not _by_while_loop or all(dtype in _UPDATED_IN_PLACE for dtype in dtypes)
+
+
+def _is_traced(tensor):
     import jax
 
-    return isinstance(tensor, jax.core.Tracer) and _runner() is not None
+    return isinstance(tensor, jax.core.Tracer)
+
+
+def _is_in_xla_context(tensor):
+    import tensorflow as tf
+
+    is_dense = isinstance(tensor, tf.Tensor)
+    return is_dense and not tf.distribute.has_strategy() and tf.__internal__.get_enclosing_xla_context() is not None
 
 
 def replaced(
@@ -109,11 +128,9 @@ def writes_in_place() -> bool:
 
 
 def _runner():
-    """Returns what runs functions on the device that JAX computes on by default, None where nothing does."""
-    platform = device.default().platform
-    if platform == "gpu" and not device.has_triton():
-        return None
-    return _RUNNERS.get(platform)
+    """Returns what runs functions on the device that is computed on by default, None where nothing does."""
+    runner = _RUNNERS.get(device.platform())
+    return None if runner is _by_kernel and not device.has_triton() else runner
 
 
 def _by_loop(function, changed, read, scalars, tables):
@@ -206,4 +223,35 @@ def _by_kernel(function, changed, read, scalars, tables, interpret=False):
     )(*changed, *read, *numbers, *tables_in)
 
 
-_RUNNERS = {"cpu": _by_loop, "gpu": _by_kernel}
+def _by_while_loop(function, changed, read, scalars, tables):
+    """`_by_loop` on TensorFlow, where XLA updates the arrays in place too."""
+    n_rows, width = changed[0].shape
+    size = max(1, min(n_rows, _ELEMENTS_OF_A_LOOP // width))
+    n_rounds = n_rows // size
+
+    def cut(row, size, arrays):
+        return [ops.slice(x, _start(row, x), (size, *x.shape[1:])) for x in arrays]
+
+    def step(row, size, arrays, old):
+        new = function(old, cut(row, size, read), scalars, ANY)
+        return [ops.slice_update(x, _start(row, x), rows) for x, rows in zip(arrays, new, strict=True)]
+
+    def round(i, state):
+        arrays = step(i * size, size, *state)
+        return arrays, cut(ops.minimum(i + 1, n_rounds - 1) * size, size, arrays)
+
+    # Each round cuts the rows of the next one. Of rows that it cuts itself XLA would compute anew, for each use, what is
+    # cheap, also after the array was written: it would copy the whole array before.
+    arrays, _ = ops.fori_loop(0, n_rounds, round, (list(changed), cut(0, size, changed)))
+    row, left = n_rounds * size, n_rows % size
+    return step(row, left, arrays, cut(row, left, arrays)) if left else arrays
+
+
+def _start(row, array):
+    return row, *(0,) * (len(array.shape) - 1)
+
+
+_IS_COMPILED = {"jax": _is_traced, "tensorflow": _is_in_xla_context}
+_RUNNERS = {"jax": {"cpu": _by_loop, "gpu": _by_kernel}, "tensorflow": {"cpu": _by_while_loop}}.get(
+    keras.backend.backend(), {}
+)

@@ -94,8 +94,9 @@ class PacksSlots(_bridge_optimizers.DecaysInStep):
             self.decay_now(variable)
             update(gradient, variable, learning_rate)
 
-        slots_of_weight = [slot for slot in self._packed_slots if slot.weight is variable]
-        if not row_step.update(step, gradient, variable, slots_of_weight):
+        place = _bridge_optimizers.index_of(self, variable)
+        slots_of_weight = [x for x in self._packed_slots if _bridge_optimizers.index_of(self, x.weight) == place]
+        if not row_step.update(step, gradient, slots_of_weight):
             step(gradient)
             turns.end([*self._flush(), ops.convert_to_tensor(variable)])
 

@@ -12,7 +12,7 @@ from keras_precision.kernels import elementwise, rows, selection
 from keras_precision.optimizers.packed_slot import PackedSlot
 
 
-def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[PackedSlot]) -> bool:
+def update(step: Callable, gradient, slots: Sequence[PackedSlot]) -> bool:
     """Runs a step that changes a weight and its slots without ever holding a slot in float32 as a whole.
 
     The step is Keras's: it is recorded once, and what it does to an element is
@@ -21,8 +21,7 @@ def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[Pac
     Args:
         step: function of the gradient, which reads and assigns.
         gradient: tensor.
-        weight: trainable variable.
-        slots: all states of the weight.
+        slots: all states of the weight that it changes.
 
     Returns:
         False if nothing was done: this backend or device can't, blocks lie
@@ -30,7 +29,11 @@ def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[Pac
         to other variables, or, on a GPU, the weight stands in for one of 16
         bits or an overflow may undo the step.
     """
-    if not slots or not rows.can_run(gradient) or not _bridge_variables.in_stateless_scope():
+    if not slots or not _bridge_variables.assignments_are_traced():
+        return False
+    weight = slots[0].weight
+    stored = (part for slot in slots for part in slot.parts.values())
+    if not rows.can_run(gradient, (variable.dtype for variable in (weight, *stored))):
         return False
     if keras.distribution.distribution() is not None:
         return False
@@ -67,7 +70,7 @@ def update(step: Callable, gradient, weight: keras.Variable, slots: Sequence[Pac
     selected = selection.current()
     new, *stored = rows.replaced(
         of_rows,
-        [ops.reshape(weight.value, (-1, width)), *stored],
+        [ops.reshape(_bridge_variables.tensor_of(weight), (-1, width)), *stored],
         read,
         program.scalars,
         tables,

@@ -1,6 +1,9 @@
-"""Steps that decode, update and encode some rows of blocks at a time, against steps on whole tensors (JAX)."""
+"""Steps that decode, update and encode some rows of blocks at a time, against steps on whole tensors."""
 
+import contextlib
 import functools
+import math
+import re
 
 import keras
 import numpy as np
@@ -8,14 +11,19 @@ import pytest
 from keras import ops
 
 from keras_precision.kernels import rows
+from keras_precision.kernels.compiled import compiled
 from keras_precision.optimizers import LowBit, row_step
 from keras_precision.optimizers.states import STATE_FORMATS
 from keras_precision.scaling import LossScaleOptimizer
 
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
 
 SHAPE = (9, 8, 96)  # 27 rows of 256
-RUNNERS = {"loop": rows._by_loop, "kernel": functools.partial(rows._by_kernel, interpret=True)}
+RUNNERS = {
+    "jax": {"loop": rows._by_loop, "kernel": functools.partial(rows._by_kernel, interpret=True)},
+    "tensorflow": {"loop": rows._by_while_loop},
+}.get(keras.backend.backend(), {})
+pytestmark = pytest.mark.skipif(not RUNNERS, reason="runs on two backends")
+on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
 BY_ROWS = {
     "SGD": lambda: keras.optimizers.SGD(0.02, momentum=0.9, nesterov=True, weight_decay=0.01),
     "Adam": lambda: keras.optimizers.Adam(0.01, amsgrad=True),
@@ -50,19 +58,40 @@ def done(monkeypatch):
     return found
 
 
-def steps(make, state_format="dynamic8", shape=SHAPE, count=3, dtype="float32", **settings):
-    """Returns the weight and the state after some compiled steps."""
+def has_rows(state_format):
+    """Returns whether loops take a format: TensorFlow's take no codes of float8."""
+    return keras.backend.backend() == "jax" or STATE_FORMATS[state_format].code_dtype == "uint8"
+
+
+def compiled_apply(optimizer, weights, **settings):
+    """Returns what applies gradients, compiled by XLA."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        run = tf.function(lambda *gradients: optimizer.apply(list(gradients), weights, **settings), jit_compile=True)
+        return lambda *gradients: run(*map(tf.convert_to_tensor, gradients))
     import jax
 
+    step = jax.jit(lambda w, s, g: optimizer.stateless_apply(s, g, w, **settings))
+
+    def run(*gradients):
+        found, state = step([w.value for w in weights], [v.value for v in optimizer.variables], gradients)
+        for variable, value in zip((*weights, *optimizer.variables), (*found, *state), strict=True):
+            variable.assign(value)
+
+    return run
+
+
+def steps(make, state_format="dynamic8", shape=SHAPE, count=3, dtype="float32", **settings):
+    """Returns the weight and the state after some compiled steps."""
     draw = np.random.default_rng(0)
     weight = keras.Variable(draw.standard_normal(shape).astype("float32"))
     optimizer = LowBit(make(), state_format, min_size=0, **settings)
     optimizer.build([weight])
-    step = jax.jit(lambda weights, state, gradient: optimizer.stateless_apply(state, [gradient], weights))
-    weights, state = [weight.value], [v.value for v in optimizer.variables]
+    apply = compiled_apply(optimizer, [weight])
     for _ in range(count):
-        weights, state = step(weights, state, draw.standard_normal(shape).astype(dtype))
-    return [np.asarray(x) for x in (*weights, *state)]
+        apply(ops.cast(draw.standard_normal(shape), dtype))
+    return [ops.convert_to_numpy(x) for x in (weight, *optimizer.variables)]
 
 
 def assert_agree(found, expected):
@@ -87,7 +116,7 @@ def each_way(monkeypatch, runners, *arguments, **settings):
 @pytest.mark.parametrize("name", BY_ROWS)
 def test_rows_are_what_whole_tensors_are(name, monkeypatch, done):
     expected, *by_rows = each_way(monkeypatch, RUNNERS, BY_ROWS[name])
-    assert done == [False, True, True]  # traced once each
+    assert done == [False, *[True] * len(RUNNERS)]  # traced once each
     for found in by_rows:
         assert_agree(found, expected)
 
@@ -97,7 +126,7 @@ def test_rows_are_what_whole_tensors_are(name, monkeypatch, done):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_format_and_gradients_of_16_bits(state_format, dtype, monkeypatch, done):
     expected, *by_rows = each_way(monkeypatch, RUNNERS, BY_ROWS["AdamW"], state_format, dtype=dtype)
-    assert done == [False, True, True]
+    assert done == [False, *[has_rows(state_format)] * len(RUNNERS)]
     for found in by_rows:
         assert_agree(found, expected)
 
@@ -121,24 +150,21 @@ def test_blocks_that_lie_across_rows_are_done_on_whole_tensors(monkeypatch, done
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("state_format", STATE_FORMATS)
 def test_what_is_not_finite_stays_in_its_block_and_is_seen(state_format, wrong, runner, monkeypatch):
-    import jax
-
     monkeypatch.setitem(rows._RUNNERS, "cpu", RUNNERS[runner])
     gradient = np.random.default_rng(0).standard_normal((4, 512)).astype("float32")
     gradient[2, 100] = wrong
     weight, optimizer = keras.Variable(np.ones((4, 512), "float32")), LowBit("adam", state_format, min_size=0)
     optimizer.build([weight])
-    state = [v.value for v in optimizer.variables]
-    weights, state = jax.jit(lambda w, s, g: optimizer.stateless_apply(s, [g], w))([weight.value], state, gradient)
-    for variable, value in zip(optimizer.variables, state, strict=True):
-        variable.assign(value)
-    assert (~np.isfinite(weights[0])).sum() == 1 and not np.isfinite(weights[0][2, 100])
+    compiled_apply(optimizer, [weight])(gradient)
+    found = ops.convert_to_numpy(weight)
+    assert (~np.isfinite(found)).sum() == 1 and not np.isfinite(found[2, 100])
     block = STATE_FORMATS[state_format].block_size
     for slot in optimizer.packed_slots:
         spoiled = ~np.isfinite(ops.convert_to_numpy(slot.value))
         assert spoiled[2, 100] and spoiled.sum() == block
 
 
+@on_jax
 @pytest.mark.default_xla
 def test_a_step_holds_no_slot_in_float32():
     """Of what the compiled program allocates beside its arguments, less than 5% of the states."""
@@ -152,24 +178,33 @@ def test_a_step_holds_no_slot_in_float32():
     assert memory.temp_size_in_bytes < 0.05 * sum(value.nbytes for value in state)
 
 
-def test_excluded_weights_are_not_decayed(done):
-    import jax
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tells its programs on TensorFlow only")
+@pytest.mark.parametrize("state_format", ["dynamic8", "dynamic4"])
+def test_a_program_copies_no_array_that_it_updates(state_format):
+    import tensorflow as tf
 
+    weight, optimizer = keras.Variable(np.zeros((64, 4096), "float32")), LowBit(keras.optimizers.AdamW(), state_format)
+    optimizer.build([weight])
+    run = tf.function(lambda gradient: optimizer.apply([gradient], [weight]), jit_compile=True)
+    program = run.experimental_get_compiler_ir(tf.zeros(weight.shape))("optimized_hlo")
+    copied = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", program)
+    assert copied and all(math.prod(map(int, filter(None, shape.split(",")))) <= 65536 for shape in copied)
+    assert "dynamic-update-slice" in program
+
+
+def test_excluded_weights_are_not_decayed(done):
     weights = [keras.Variable(np.ones((16, 256), "float32"), name=name) for name in ("decayed", "kept")]
     optimizer = LowBit(keras.optimizers.SGD(0.5, momentum=0.9, weight_decay=0.1), min_size=0)
     optimizer.exclude_from_weight_decay(var_names=["kept"])
     optimizer.build(weights)
-    state, zeros = [v.value for v in optimizer.variables], [np.zeros((16, 256), "float32")] * 2
-    found, _ = jax.jit(lambda w, s, g: optimizer.stateless_apply(s, g, w))([w.value for w in weights], state, zeros)
+    compiled_apply(optimizer, weights)(*[np.zeros((16, 256), "float32")] * 2)
     assert done == [True, True]
-    np.testing.assert_allclose(found[0], 0.95, rtol=1e-6)
-    np.testing.assert_array_equal(found[1], 1)
+    np.testing.assert_allclose(ops.convert_to_numpy(weights[0]), 0.95, rtol=1e-6)
+    np.testing.assert_array_equal(ops.convert_to_numpy(weights[1]), 1)
 
 
 def test_recording_a_step_leaves_everything_as_it_is():
     """Also where the step turns out not to be elementwise, after it has assigned to everything."""
-    import jax
-
     weight, other = keras.Variable(np.ones((2, 256), "float32")), keras.Variable(0.0)
     optimizer = LowBit("adam", min_size=0)
     optimizer.build([weight])
@@ -180,13 +215,13 @@ def test_recording_a_step_leaves_everything_as_it_is():
             weight.assign(gradient / ops.sum(gradient))
             other.assign(3.0)
 
-        with keras.StatelessScope():
-            assert not row_step.update(step, gradient, weight, optimizer.packed_slots)
+        with keras.StatelessScope() if keras.backend.backend() == "jax" else contextlib.nullcontext():
+            assert not row_step.update(step, gradient, optimizer.packed_slots)
             assert not any(slot._is_changed for slot in optimizer.packed_slots)
-            return weight.value, other.value
+            return ops.copy(weight), ops.copy(other)
 
-    found = jax.jit(run)(np.ones((2, 256), "float32"))
-    np.testing.assert_array_equal(found[0], np.ones((2, 256)))
+    found = compiled(run)(np.ones((2, 256), "float32"))
+    np.testing.assert_array_equal(ops.convert_to_numpy(found[0]), np.ones((2, 256)))
     assert found[1] == 0
 
 
@@ -203,21 +238,24 @@ class Noisy(keras.optimizers.SGD):
 
 
 def test_a_step_that_assigns_to_what_the_optimizer_does_not_list_is_run_once(done):
-    import jax
-
     weight = keras.Variable(np.ones((16, 256), "float32"))
     optimizer = LowBit(Noisy(0.1, momentum=0.9), min_size=0)
     optimizer.build([weight])
     state = optimizer.inner_optimizer.generator.state
+    first = np.array([7, 0], "uint32")
 
     def run(gradient):
-        with keras.StatelessScope([(state, np.array([7, 0], "uint32"))]) as scope:
+        if keras.backend.backend() == "tensorflow":
+            state.assign(first)
+            optimizer.apply([gradient], [weight])
+            return ops.copy(weight), ops.copy(state)
+        with keras.StatelessScope([(state, first)]) as scope:
             optimizer.apply([gradient], [weight])
             return scope.get_current_value(weight), scope.get_current_value(state)
 
-    found, seed = jax.jit(run)(np.zeros((16, 256), "float32"))
+    found, seed = map(ops.convert_to_numpy, compiled(run)(np.zeros((16, 256), "float32")))
     assert done == [False]
-    noise = keras.random.normal((16, 256), seed=keras.random.SeedGenerator(7))
+    noise = compiled(lambda like: keras.random.normal(like.shape, seed=7))(np.zeros((16, 256)))
     np.testing.assert_array_equal(seed, [7, 1])
     np.testing.assert_allclose(found, 1 - 0.1 * ops.convert_to_numpy(noise), rtol=1e-5, atol=1e-6)
 
@@ -226,32 +264,29 @@ def test_a_step_that_assigns_to_what_the_optimizer_does_not_list_is_run_once(don
 @pytest.mark.parametrize("constraint", [None, "non_neg"])
 @pytest.mark.parametrize("state_format", STATE_FORMATS)
 def test_an_overflow_leaves_everything_as_it_was(state_format, constraint, runner, monkeypatch, done):
-    """Decided in the kernel; a constraint, applied after it, is undone by a select."""
-    import jax
-
+    """Decided in the kernel on JAX; a constraint, applied after it, is undone by a select."""
     monkeypatch.setitem(rows._RUNNERS, "cpu", RUNNERS[runner])
     draw = np.random.default_rng(0)
     weight = keras.Variable(draw.standard_normal((16, 256)).astype("float32"))
     weight.constraint = keras.constraints.get(constraint)
     optimizer = LossScaleOptimizer(LowBit("adam", state_format, min_size=0), initial_scale=8.0)
     optimizer.build([weight])
-    step = jax.jit(lambda w, s, g: optimizer.stateless_apply(s, [g], w, unscaled=False))
+    apply = compiled_apply(optimizer, [weight], unscaled=False)
     good, bad = (draw.standard_normal((16, 256)).astype("float32") for _ in range(2))
     bad[3, 7] = np.inf
-    states = [([weight.value], [v.value for v in optimizer.variables])]
+    states = []
     for gradient in (good, bad, good):
-        states.append(step(*states[-1], gradient))
-    assert done == [True]
-    inner = optimizer.inner_optimizer.variables
-    places = [i for i, v in enumerate(optimizer.variables) if any(v is other for other in inner)]
-    assert len(places) == len(inner)
-    before, after, last = ([np.asarray(x) for x in (*w, *(s[i] for i in places))] for w, s in states[1:])
+        apply(gradient)
+        states.append([np.array(ops.convert_to_numpy(x)) for x in (weight, *optimizer.inner_optimizer.variables)])
+    assert done == [has_rows(state_format)]
+    before, after, last = states
     for found, wanted in zip(after, before, strict=True):
         np.testing.assert_array_equal(found.reshape(-1).view("uint8"), wanted.reshape(-1).view("uint8"))
     assert not np.array_equal(last[0], before[0])
     assert (after[0] >= 0).all() == (constraint is not None)
 
 
+@on_jax
 def test_no_select_is_made_of_what_a_kernel_decided(monkeypatch):
     import jax
 
@@ -265,6 +300,7 @@ def test_no_select_is_made_of_what_a_kernel_decided(monkeypatch):
     assert shapes.count(()) > 1 and len([shape for shape in shapes if shape]) == 1  # of the check itself
 
 
+@on_jax
 def test_stand_ins_of_16_bits_are_left_to_the_compiler(monkeypatch, done):
     """In a kernel they would be written in float32; a loop takes them."""
     import jax
@@ -282,6 +318,7 @@ def test_stand_ins_of_16_bits_are_left_to_the_compiler(monkeypatch, done):
         assert found[0].dtype == "bfloat16" and (np.asarray(found[0], "float32") < 1).any()
 
 
+@on_jax
 @pytest.mark.parametrize("state_format", STATE_FORMATS)
 def test_kernels_lower_for_gpus_unless_an_overflow_may_undo_them(state_format, monkeypatch, done):
     import jax
