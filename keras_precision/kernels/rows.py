@@ -129,8 +129,10 @@ def writes_in_place() -> bool:
 
 def _runner():
     """Returns what runs functions on the device that is computed on by default, None where nothing does."""
-    runner = _RUNNERS.get(device.platform())
-    return None if runner is _by_kernel and not device.has_triton() else runner
+    platform = device.platform()
+    if platform == "gpu" and platform in _RUNNERS and not device.has_triton():
+        return None
+    return _RUNNERS.get(platform)
 
 
 def _by_loop(function, changed, read, scalars, tables):
@@ -233,18 +235,19 @@ def _by_while_loop(function, changed, read, scalars, tables):
         return [ops.slice(x, _start(row, x), (size, *x.shape[1:])) for x in arrays]
 
     def step(row, size, arrays, old):
-        new = function(old, cut(row, size, read), scalars, ANY)
+        new = function([*cut(row, size, arrays[:1]), *old], cut(row, size, read), scalars, ANY)
         return [ops.slice_update(x, _start(row, x), rows) for x, rows in zip(arrays, new, strict=True)]
 
     def round(i, state):
         arrays = step(i * size, size, *state)
-        return arrays, cut(ops.minimum(i + 1, n_rounds - 1) * size, size, arrays)
+        return arrays, cut(ops.minimum(i + 1, n_rounds - 1) * size, size, arrays[1:])
 
     # Each round cuts the rows of the next one. Of rows that it cuts itself XLA would compute anew, for each use, what is
-    # cheap, also after the array was written: it would copy the whole array before.
-    arrays, _ = ops.fori_loop(0, n_rounds, round, (list(changed), cut(0, size, changed)))
+    # cheap, also after the array was written: it would copy the whole array before. The first array, a weight that
+    # nothing is decoded from, is used once.
+    arrays, _ = ops.fori_loop(0, n_rounds, round, (list(changed), cut(0, size, changed[1:])))
     row, left = n_rounds * size, n_rows % size
-    return step(row, left, arrays, cut(row, left, arrays)) if left else arrays
+    return step(row, left, arrays, cut(row, left, arrays[1:])) if left else arrays
 
 
 def _start(row, array):

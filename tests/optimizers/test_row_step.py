@@ -180,10 +180,11 @@ def test_a_step_holds_no_slot_in_float32():
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tells its programs on TensorFlow only")
 @pytest.mark.parametrize("state_format", ["dynamic8", "dynamic4"])
-def test_a_program_copies_no_array_that_it_updates(state_format):
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_a_program_copies_no_array_that_it_updates(name, state_format):
     import tensorflow as tf
 
-    weight, optimizer = keras.Variable(np.zeros((64, 4096), "float32")), LowBit(keras.optimizers.AdamW(), state_format)
+    weight, optimizer = keras.Variable(np.zeros((64, 4096), "float32")), LowBit(BY_ROWS[name](), state_format)
     optimizer.build([weight])
     run = tf.function(lambda gradient: optimizer.apply([gradient], [weight]), jit_compile=True)
     program = run.experimental_get_compiler_ir(tf.zeros(weight.shape))("optimized_hlo")
