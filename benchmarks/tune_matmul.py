@@ -1,6 +1,6 @@
 """Which kernel multiplies how many rows with a stored weight fastest: what `keras_precision/kernels/measured.py` holds.
 
-Needs an NVIDIA GPU that Triton knows. For each shape, kind of codes and number of rows, all tiles are compiled, checked
+Needs an NVIDIA GPU that Triton knows; on Hopper slabs are tried too. For each shape, kind of codes and number of rows, all tiles are compiled, checked
 against the decoded weight and timed as `benchmarks/matmul.py` does; the fastest few are printed, with decoding first,
 with XLA's decoding and with a bfloat16 weight.
 """
@@ -21,9 +21,17 @@ COUNT = 6  # weights in one call
 
 def tiles(rows):
     """Yields what to try for so many rows of x."""
+    from keras_precision.kernels import device
     from keras_precision.kernels.row_product import Strip
+    from keras_precision.kernels.warpgroup import Slab
     from keras_precision.kernels.weight_only import Tile
 
+    if device.has_wgmma():
+        batch = min(-(-rows // 8) * 8, 256)
+        for parts, stages in ((1, 4), (1, 5), (2, 3), (2, 5), (4, 3), (4, 5), (8, 3)):
+            yield from (Slab(batch, parts, stages, cluster) for cluster in (1, 2))
+            if batch <= 64 and parts > 1:
+                yield Slab(batch, parts, stages, pairs=2)
     if rows <= 2:
         for columns, runs, programs in itertools.product((128, 256, 512), (4, 8), (448, 896)):
             for reads in (4, 8):
