@@ -108,7 +108,7 @@ def integer_products(x, codes) -> Callable:
         return reference.scaled_products
     rows = math.prod(x.shape[:-1])
     fits = layout.shape[0] <= reference.ROWS_PER_SUM
-    if fits and device.has_wgmma() and warpgroup.can_run(layout, "int8"):
+    if fits and device.has_wgmma() and warpgroup.can_run(layout, keras.backend.standardize_dtype(codes.dtype)):
         slab = measured.first_for(rows, measured.SLABS["integers"])
         return functools.partial(warpgroup.integer_product, slab=slab)
     tile = measured.PLANS[layout.kind].product(rows)

@@ -22,7 +22,7 @@ _LOG_OF_GROUP = SCALES_PER_BLOCK.bit_length() - 1
 
 def rows_of(dtype: str) -> int:
     """Returns how many rows of the weight an operand of a dtype has: those of a swizzled row of x."""
-    return lanes.SWIZZLE // np.dtype("uint8" if dtype == "int8" else "uint16").itemsize
+    return lanes.SWIZZLE // np.dtype("uint8" if dtype == lanes.INT8 else "uint16").itemsize
 
 
 def decode(codes, scales, factors, warpgroup, first_column, block, layout: Layout, dtype: str, interpret: bool):
@@ -38,7 +38,7 @@ def decode(codes, scales, factors, warpgroup, first_column, block, layout: Layou
         first_column: int32 scalar, the weight's column that the tile's first is.
         block: int32 scalar, of rows, that the scales are of.
         layout: what the codes mean.
-        dtype: "float16", "bfloat16", or "int8".
+        dtype: "float16", "bfloat16", or `lanes.INT8`.
         interpret: True for what runs in Pallas's interpreter.
 
     Returns:
@@ -48,7 +48,7 @@ def decode(codes, scales, factors, warpgroup, first_column, block, layout: Layou
         return _decode_anywhere(codes, scales, factors, warpgroup, first_column, block, layout, dtype)
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    is_int8 = dtype == "int8"
+    is_int8 = dtype == lanes.INT8
     operand = plgpu.Layout.WGMMA_8BIT if is_int8 else plgpu.Layout.WGMMA
     shape = (COLUMNS, rows_of(dtype))
 
@@ -139,7 +139,7 @@ def _decode_anywhere(codes, scales, factors, warpgroup, first_column, block, lay
 
     columns = pl.ds(warpgroup * COLUMNS, COLUMNS)
     packed = codes[:, columns]
-    if dtype == "int8":
+    if dtype == lanes.INT8:
         return packed.T
     values = code_values.values(packed, layout.values, interpret=True)
     values = jnp.stack(values, axis=1).reshape(-1, COLUMNS)
@@ -240,7 +240,7 @@ def _bytes_as_they_are(codes, lane):
     """Returns the registers of `decode` for an int8 operand: 4 rows of a column each."""
     selectors = lane.if_upper_half(0x6420, 0x2064), lane.if_upper_half(0x7531, 0x3175)
     registers = []
-    for first in range(0, rows_of("int8"), 32):
+    for first in range(0, rows_of(lanes.INT8), 32):
         words = lane.matrices(codes, first, lane.row_of_quads)
         for left, right in zip(words[::2], words[1::2], strict=True):
             for selector in selectors:

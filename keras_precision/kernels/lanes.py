@@ -10,6 +10,8 @@ import numpy as np
 
 PAIRS = {"float16": "f16x2", "bfloat16": "bf16x2"}
 """PTX's names of two 16-bit floats in a register, the first in the lower half."""
+INT8 = np.dtype("i1").name
+"""The dtype of codes that are multiplied with codes."""
 SWIZZLE = 128
 """Bytes of a row in shared memory, whose parts of 16 bytes change places from row to row so that banks don't collide."""
 
@@ -97,7 +99,7 @@ def array(registers, shape, layout, dtype):
     return mgpu.FragmentedArray(
         _registers=found.reshape(layout.registers_shape(shape)),
         _layout=layout,
-        _is_signed=True if dtype == "int8" else None,
+        _is_signed=True if dtype == INT8 else None,
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keras_precision.kernels import fragments
+from keras_precision.kernels import fragments, lanes
 from keras_precision.kernels.compiled import jitted
 from keras_precision.kernels.layout import Layout, vectors
 from keras_precision.kernels.partial_sums import added, split
@@ -54,7 +54,7 @@ def can_run(layout: Layout, dtype: str) -> bool:
     k, n = layout.shape
     rows = fragments.rows_of(dtype)
     has_blocks = layout.block_size is None or layout.block_size % rows == 0
-    return dtype in ("float16", "bfloat16", "int8") and has_blocks and k % rows == n % _COLUMNS == 0
+    return dtype in ("float16", "bfloat16", lanes.INT8) and has_blocks and k % rows == n % _COLUMNS == 0
 
 
 def product(
@@ -159,7 +159,7 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
     rows = fragments.rows_of(dtype)
     byte_rows = rows // layout.codes_per_byte
     column_programs = n // _COLUMNS
-    total_dtype, interpreted = "int32" if dtype == "int8" else "float32", interpret is not None
+    total_dtype, interpreted = "int32" if dtype == lanes.INT8 else "float32", interpret is not None
     cluster = slab.cluster if column_programs % slab.cluster == 0 else 1
     per_block = layout.block_size is not None
     # Blocks lie within a step, or steps within a block.
