@@ -164,18 +164,25 @@ def _by_loop(function, changed, read, scalars, tables):
     late = [i for i, x in enumerate(arrays) if x.dtype.itemsize == 1]
     at_once = [i for i in range(len(arrays)) if i not in late]
 
-    def step(i, state):
-        arrays, last = state
+    def step(i, arrays, last):
         arrays = put(arrays, last, jax.numpy.maximum(i - 1, 0) * size, late)
         new = made(i * size, size, arrays)
         return put(arrays, new, i * size, at_once), {i: new[i] for i in late}
 
+    def finish(i, arrays, last):
+        arrays = put(arrays, last, (i - 1) * size, late)
+        if n_rows % size:
+            rest = n_rows % size
+            arrays = put(arrays, made(n_rows - rest, rest, arrays), n_rows - rest, range(len(arrays)))
+        return arrays, last
+
+    def until(end, function, state):
+        return jax.lax.while_loop(lambda state: state[0] < end, lambda state: (state[0] + 1, *function(*state)), state)
+
     count = n_rows // size
-    arrays, last = jax.lax.fori_loop(0, count, step, (arrays, {i: arrays[i][:size] for i in late}))
-    arrays = put(arrays, last, (count - 1) * size, late)
-    if n_rows % size:
-        rest = n_rows % size
-        arrays = put(arrays, made(n_rows - rest, rest, arrays), n_rows - rest, range(len(arrays)))
+    state = until(count, step, (jax.numpy.int32(0), arrays, {i: arrays[i][:size] for i in late}))
+    # Outside of a loop XLA would copy whole arrays before it writes into them.
+    _, arrays, _ = until(count + 1, finish, state)
     return [x.view(dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
 
 
