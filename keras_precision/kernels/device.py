@@ -8,6 +8,8 @@ from typing import Any
 
 import keras
 
+# The oldest that the kernel was lowered with; it ran with 0.11.2.
+_OLDEST_JAX_WITH_WGMMA = (0, 10, 2)
 MOST_PROGRAMS_ON_AN_AXIS = 65535
 """CUDA's limit for all axes of a grid of programs but the first."""
 
@@ -36,8 +38,12 @@ def has_triton() -> bool:
 
 
 def has_wgmma() -> bool:
-    """Returns whether the default device has Hopper's matrix units, which no later GPU has, and Pallas kernels reach them."""
-    return _capability() == 9.0 and importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is not None
+    """Returns whether Pallas kernels reach Hopper's matrix units on the default device; no later GPU has them."""
+    if _capability() != 9.0:
+        return False
+    import jax
+
+    return jax.__version_info__ >= _OLDEST_JAX_WITH_WGMMA
 
 
 def has_float8() -> bool:

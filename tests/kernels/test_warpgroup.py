@@ -145,6 +145,18 @@ def test_what_can_run():
     assert not warpgroup.can_run(Layout((4096, 128)), "float32")
 
 
+@pytest.mark.parametrize(
+    "capability, version, expected",
+    [(9.0, (0, 10, 2), True), (9.0, (0, 10, 1), False), (8.9, (0, 11, 2), False), (10.0, (0, 11, 2), False)],
+)
+def test_where_the_units_are(monkeypatch, capability, version, expected):
+    import jax
+
+    monkeypatch.setattr(device, "_capability", lambda: capability)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert device.has_wgmma() is expected
+
+
 @pytest.fixture
 def on_hopper(monkeypatch):
     """Lets dispatch choose as on a Hopper GPU, and interprets what it chooses."""
