@@ -1,8 +1,8 @@
 """Which kernel multiplies how many rows with a stored weight fastest: what `keras_precision/kernels/measured.py` holds.
 
-Needs an NVIDIA GPU that Triton knows; on Hopper slabs are tried too. For each shape, kind of codes and number of rows, all tiles are compiled, checked
-against the decoded weight and timed as `benchmarks/matmul.py` does; the fastest few are printed, with decoding first,
-with XLA's decoding and with a bfloat16 weight.
+Needs an NVIDIA GPU that Triton knows; on Hopper slabs are tried too. For each shape, kind of codes and number of rows,
+all tiles are compiled, checked against the decoded weight and timed as `benchmarks/matmul.py` does; the fastest few are
+printed, with decoding first, with XLA's decoding and with a bfloat16 weight.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def tiles(rows):
 
     if device.has_wgmma():
         batch = min(-(-rows // 8) * 8, 256)
-        for parts, stages in ((1, 4), (1, 5), (2, 3), (2, 5), (4, 3), (4, 5), (8, 3)):
+        for parts, stages in ((1, 4), (1, 5), (2, 3), (2, 4), (2, 5), (4, 3), (4, 4), (4, 5), (8, 3)):
             yield from (Slab(batch, parts, stages, cluster) for cluster in (1, 2))
             if batch <= 64 and parts > 1:
                 yield Slab(batch, parts, stages, pairs=2)

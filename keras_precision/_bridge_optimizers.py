@@ -171,10 +171,11 @@ class DecaysInStep:
     """
 
     def _apply_weight_decay(self, variables):
-        if keras.backend.backend() == "tensorflow" and _has_strategy():
-            super()._apply_weight_decay(variables)
-        else:
+        backend = keras.backend.backend()
+        if backend == "jax" or backend == "tensorflow" and not _has_strategy():
             vars(self)["_to_decay"] = {self._var_key(variable): variable for variable in variables}
+        else:
+            super()._apply_weight_decay(variables)
 
     def decay_now(self, variable):
         """Decays a weight if the optimizer decays this one."""

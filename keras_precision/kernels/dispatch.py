@@ -27,10 +27,11 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
     """Returns x times a stored weight, in `dtype`.
 
     On NVIDIA GPUs from Ampere on, under JAX, few rows are multiplied by a
-    kernel that reads each code once and more rows with a weight that a kernel
-    decodes, if it isn't decoded in Hopper's matrix units' operands; everywhere else, and under `keras.distribution`, with what
-    `decode` gives. Results differ from those by no more than
-    `row_product.product`, `weight_only.product` and `warpgroup.product` tell, beside the backend's
+    kernel that reads each code once, and more rows with a weight that a kernel
+    decodes or, on Hopper, by one that decodes as it multiplies; everywhere
+    else, and under `keras.distribution`, with what `decode` gives. Results
+    differ from those by no more than `row_product.product`,
+    `weight_only.product` and `warpgroup.product` tell, beside the backend's
     matmul precision. The gradient with respect to x is that of a product with
     the decoded weight; codes and scales get none.
 

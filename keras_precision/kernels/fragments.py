@@ -1,8 +1,8 @@
 """What a warpgroup's lanes hold of a tile for Hopper's matrix units, in Pallas kernels for Mosaic GPU (JAX only).
 
-A warpgroup has 4 warps, and each works on 16 rows of wgmma's left operand: the lane 4 g + t on rows g and g + 8 (PTX ISA,
-"asynchronous warpgroup-level matrix instructions"). These are columns of the weight here, 2 g and 2 g + 1 of a warp's
-16, as they lie side by side in memory: `ldmatrix` brings a lane its codes of both, and it decodes them in place.
+A warpgroup has 4 warps, and each works on 16 rows of wgmma's left operand: the lane 4 g + t on rows g and g + 8 (PTX
+ISA, "asynchronous warpgroup-level matrix instructions"). These are columns of the weight here, 2 g and 2 g + 1 of a
+warp's 16, as they lie side by side in memory: `ldmatrix` brings a lane its codes of both, and it decodes them in place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def rows_of(dtype: str) -> int:
     return lanes.SWIZZLE // np.dtype("uint8" if dtype == lanes.INT8 else "uint16").itemsize
 
 
-def decode(codes, scales, factors, warpgroup, first_column, block, layout: Layout, dtype: str, interpret: bool):
+def decode(codes, scales, factors, half, first_column, block, layout: Layout, dtype: str, interpret: bool):
     """Returns the left operand: weights rounded to `dtype`, or int8 codes as they are.
 
     Args:
@@ -34,7 +34,7 @@ def decode(codes, scales, factors, warpgroup, first_column, block, layout: Layou
             scales are double-quantized; None to leave them out.
         factors: references to the other arrays of double quantization, in
             global memory; see `layout.scales_at`.
-        warpgroup: int32 scalar, 0 or 1: which half of the columns.
+        half: int32 scalar, 0 or 1: which half of the columns.
         first_column: int32 scalar, the weight's column that the tile's first is.
         block: int32 scalar, of rows, that the scales are of.
         layout: what the codes mean.
@@ -45,7 +45,7 @@ def decode(codes, scales, factors, warpgroup, first_column, block, layout: Layou
         Array (64, rows_of(dtype)).
     """
     if interpret:
-        return _decode_anywhere(codes, scales, factors, warpgroup, first_column, block, layout, dtype)
+        return _decode_anywhere(codes, scales, factors, half, first_column, block, layout, dtype)
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     is_int8 = dtype == lanes.INT8
@@ -88,13 +88,13 @@ def add_product(sums, operand, of_x, interpret: bool) -> None:
     plgpu.wgmma_wait(1)
 
 
-def write(out, sums, warpgroup, column_scales, row_scales, n_rows, dtype: str, interpret: bool) -> None:
+def write(out, sums, half, column_scales, row_scales, n_rows, dtype: str, interpret: bool) -> None:
     """Writes what was accumulated, times scales, where it belongs.
 
     Args:
         out: reference to (rows of x, 128) of `dtype` in global memory.
         sums: float32 or int32 (64, rows of x), laid out as wgmma leaves it.
-        warpgroup: as in `decode`.
+        half: as in `decode`.
         column_scales: reference to float32 (128,) in global memory; None for ones.
         row_scales: reference to float32 (rows of x,) in global memory; None for ones.
         n_rows: int32 scalar, how many of the rows exist.
@@ -103,7 +103,7 @@ def write(out, sums, warpgroup, column_scales, row_scales, n_rows, dtype: str, i
     """
     references = [out, *(scales for scales in (column_scales, row_scales) if scales is not None)]
     if interpret:
-        _write_anywhere(out, sums, warpgroup, column_scales, row_scales, n_rows, dtype)
+        _write_anywhere(out, sums, half, column_scales, row_scales, n_rows, dtype)
         return
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -132,12 +132,12 @@ def transforms(dtype: str) -> tuple:
 _NUMPY = {"bfloat16": "uint16"}
 
 
-def _decode_anywhere(codes, scales, factors, warpgroup, first_column, block, layout, dtype):
+def _decode_anywhere(codes, scales, factors, half, first_column, block, layout, dtype):
     """As `decode`, with the columns in their order."""
     import jax.numpy as jnp
     from jax.experimental import pallas as pl
 
-    columns = pl.ds(warpgroup * COLUMNS, COLUMNS)
+    columns = pl.ds(half * COLUMNS, COLUMNS)
     packed = codes[:, columns]
     if dtype == lanes.INT8:
         return packed.T
@@ -148,16 +148,16 @@ def _decode_anywhere(codes, scales, factors, warpgroup, first_column, block, lay
         if factors:
             arrays = [found[None], *(factor[...] for factor in factors)]
             # The scales here are those of one block, as if it were the first; its factors are where they are.
-            groups = group_of_scale(block, first_column + warpgroup * COLUMNS + jnp.arange(COLUMNS), layout)
+            groups = group_of_scale(block, first_column + half * COLUMNS + jnp.arange(COLUMNS), layout)
             found = expanded(arrays[3][found.astype("int32")] * arrays[1][groups], arrays[2][0], layout)
         values = values * found[None]
     return values.astype(dtype).T
 
 
-def _write_anywhere(out, sums, warpgroup, column_scales, row_scales, n_rows, dtype):
+def _write_anywhere(out, sums, half, column_scales, row_scales, n_rows, dtype):
     from jax.experimental import pallas as pl
 
-    columns = pl.ds(warpgroup * COLUMNS, COLUMNS)
+    columns = pl.ds(half * COLUMNS, COLUMNS)
     found = sums.astype("float32").T
     if column_scales is not None:
         found *= column_scales[columns][None]
@@ -181,8 +181,8 @@ def _scales(arrays, first_column, block, layout, lane):
     offset = lanes.load(offset, lanes.integer(0))
     largest = f"0f{np.float32(layout.largest_scale).view('uint32'):08x}"
     lines = [".reg .f32 above, below;", "mul.rn.f32 $0, $1, $2;"]
-    lines += [f"sub.rn.f32 above, {largest}, $3;", "min.f32 $0, $0, above;"]
-    lines += [f"neg.f32 below, {largest};", "sub.rn.f32 below, below, $3;", "max.f32 $0, $0, below;"]
+    lines += [f"sub.rn.f32 above, {largest}, $3;", "min.NaN.f32 $0, $0, above;"]
+    lines += [f"neg.f32 below, {largest};", "sub.rn.f32 below, below, $3;", "max.NaN.f32 $0, $0, below;"]
     lines += ["add.rn.f32 $0, $0, $3;"]
     found = []
     for place in range(2):

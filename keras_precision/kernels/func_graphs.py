@@ -47,7 +47,7 @@ def record(recording: Recording, function, arguments) -> list:
     graph = tf.__internal__.FuncGraph("elementwise")
     with graph.as_default():
         placeholders = [tf.compat.v1.placeholder(x.dtype, x.shape) for x in arguments]
-        results = [tf.convert_to_tensor(result) for result in function(*placeholders)]
+        results = [graph.capture(tf.convert_to_tensor(result)) for result in function(*placeholders)]
     reader = _Reader(recording, [x.handle for x in arguments if isinstance(x, tf.Variable)])
     reader.know(placeholders, recording.arguments)
     for outside, inside in graph.captures:

@@ -10,10 +10,10 @@ import numpy as np
 
 PAIRS = {"float16": "f16x2", "bfloat16": "bf16x2"}
 """PTX's names of two 16-bit floats in a register, the first in the lower half."""
-INT8 = np.dtype("i1").name
+INT8 = np.dtype(np.int8).name
 """The dtype of codes that are multiplied with codes."""
 SWIZZLE = 128
-"""Bytes of a row in shared memory, whose parts of 16 bytes change places from row to row so that banks don't collide."""
+"""Bytes of a row in shared memory, whose parts of 16 change places from row to row so that banks don't collide."""
 
 
 class Lane:

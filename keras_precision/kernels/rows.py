@@ -135,13 +135,19 @@ def _runner():
     return _RUNNERS.get(platform)
 
 
+def _rows_of_a_round(shape):
+    """Returns how many of an array's rows a loop works on at once."""
+    n_rows, width = shape
+    most = max(1, min(n_rows, _ELEMENTS_OF_A_LOOP // width))
+    # A rest would be compiled on its own.
+    return next((size for size in range(most, most // 2, -1) if n_rows % size == 0), most)
+
+
 def _by_loop(function, changed, read, scalars, tables):
     import jax
 
-    n_rows, width = changed[0].shape
-    most = max(1, min(n_rows, _ELEMENTS_OF_A_LOOP // width))
-    # A rest would be compiled on its own.
-    size = next((size for size in range(most, most // 2, -1) if n_rows % size == 0), most)
+    n_rows = changed[0].shape[0]
+    size = _rows_of_a_round(changed[0].shape)
     dtypes = [x.dtype for x in changed]
 
     def made(start, size, arrays):
@@ -233,9 +239,9 @@ def _by_kernel(function, changed, read, scalars, tables, interpret=False):
 
 
 def _by_while_loop(function, changed, read, scalars, tables):
-    """`_by_loop` on TensorFlow, where XLA updates the arrays in place too."""
-    n_rows, width = changed[0].shape
-    size = max(1, min(n_rows, _ELEMENTS_OF_A_LOOP // width))
+    """`_by_loop` on TensorFlow, where XLA updates the arrays in place too, but for a rest of rows."""
+    n_rows = changed[0].shape[0]
+    size = _rows_of_a_round(changed[0].shape)
     n_rounds = n_rows // size
 
     def cut(row, size, arrays):
@@ -249,8 +255,8 @@ def _by_while_loop(function, changed, read, scalars, tables):
         arrays = step(i * size, size, *state)
         return arrays, cut(ops.minimum(i + 1, n_rounds - 1) * size, size, arrays[1:])
 
-    # Each round cuts the rows of the next one. Of rows that it cuts itself XLA would compute anew, for each use, what is
-    # cheap, also after the array was written: it would copy the whole array before. The first array, a weight that
+    # Each round cuts the rows of the next one. Of rows that it cuts itself XLA would compute anew, for each use, what
+    # is cheap, also after the array was written: it would copy the whole array before. The first array, a weight that
     # nothing is decoded from, is used once.
     arrays, _ = ops.fori_loop(0, n_rounds, round, (list(changed), cut(0, size, changed[1:])))
     row, left = n_rounds * size, n_rows % size

@@ -1,4 +1,4 @@
-"""Products of activations with stored codes by Hopper's matrix units (wgmma), as a Pallas kernel for Mosaic GPU (JAX only).
+"""Products of activations with stored codes by Hopper's matrix units (wgmma), a kernel for Mosaic GPU (JAX only).
 
 A program multiplies 128 columns of the weight with some rows of x. One warpgroup fetches; the others decode 64 columns
 each into registers, from which matrix units take them; x comes from shared memory. While a part is multiplied the next
@@ -20,7 +20,8 @@ from keras_precision.kernels.layout import Layout, vectors
 from keras_precision.kernels.partial_sums import added, split
 
 _COLUMNS = 2 * fragments.COLUMNS
-# Of a thread that fetches and of one that multiplies, by pairs of warpgroups; together what a multiprocessor has.
+# Of a thread that fetches and of one that multiplies, by pairs of warpgroups; together at most what a program starts
+# with: 168 for each of 384 threads, 96 of 640.
 _REGISTERS = {1: (40, 232), 2: (24, 112)}
 
 
@@ -50,7 +51,7 @@ class Slab:
 
 
 def can_run(layout: Layout, dtype: str) -> bool:
-    """Returns whether there is a kernel for such a weight and activations of a dtype."""
+    """Returns whether there is a kernel for such a weight, with blocks of a power of two, and activations of a dtype."""
     k, n = layout.shape
     rows = fragments.rows_of(dtype)
     has_blocks = layout.block_size is None or layout.block_size % rows == 0
@@ -96,6 +97,10 @@ def product(
 
 def integer_product(x_codes, x_scale, codes, scale, dtype: str, slab: Slab, interpret: Any = None):
     """Returns x_scale * scale * (x_codes times codes), added up in int32.
+
+    For few rows and columns several programs share k: their sums are rounded to
+    float32 and added up, which is exact up to 2**24, and beyond to
+    (parts + 1) 2**-24 of the sum of magnitudes.
 
     Args:
         x_codes: int8 (m, k).

@@ -35,7 +35,7 @@ def step(changed, read, scalars, target):
     return [weight - rate * value * ops.cast(flag, "float32"), new, greatest]
 
 
-@pytest.mark.parametrize("n_rows", [1, 3, 8, 300, 517])
+@pytest.mark.parametrize("n_rows", [1, 3, 8, 517, 1000, 1541])
 @pytest.mark.parametrize("flag", [True, False])
 def test_all_rows_are_replaced(runner, n_rows, flag):
     draw = np.random.default_rng(n_rows)

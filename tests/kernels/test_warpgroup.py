@@ -1,5 +1,6 @@
-"""Products by Hopper's matrix units: interpreted, against float64 arithmetic; what lanes read, emulated; and lowered."""
+"""Products by Hopper's matrix units: interpreted, against float64 arithmetic; what lanes read, emulated; lowered."""
 
+import dataclasses
 import functools
 
 import keras
@@ -193,19 +194,21 @@ def test_measured_slabs_lower_for_cuda(kind, dtype):
     import jax
 
     name = {"whole": "int4", "table": "nf4-dq", "bytes": "int8-weight-only", "integers": "int8"}[kind]
-    codec, parts, _ = stored(name, 1024, 128)
+    codec, parts, _ = stored(name, 2048, 256)
 
     def products(parts):
         for greatest, slab in measured.SLABS[kind]:
             rows = int(min(greatest, 300))
-            if kind == "integers":
-                x, scale = jax.numpy.ones((rows, 1024), "int8"), jax.numpy.ones((rows, 1))
-                found = warpgroup.integer_product(x, scale, parts["codes"], parts["scale"], dtype, slab)
-            else:
-                x, layout = jax.numpy.ones((rows, 1024), dtype), codec.layout((1024, 128))
-                found = dispatch.product_by(slab)(x, parts["codes"], scales_of(parts), layout, slab, dtype)
-            assert found.shape == (rows, 128)
-            yield found
+            # As a large weight takes it, of which each program has all rows, and one that several programs share.
+            for each in (dataclasses.replace(slab, programs=1), slab):
+                if kind == "integers":
+                    x, scale = jax.numpy.ones((rows, 2048), "int8"), jax.numpy.ones((rows, 1))
+                    found = warpgroup.integer_product(x, scale, parts["codes"], parts["scale"], dtype, each)
+                else:
+                    x, layout = jax.numpy.ones((rows, 2048), dtype), codec.layout((2048, 256))
+                    found = dispatch.product_by(each)(x, parts["codes"], scales_of(parts), layout, each, dtype)
+                assert found.shape == (rows, 256)
+                yield found
 
     text = jax.jit(lambda parts: list(products(parts))).trace(parts).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == len(measured.SLABS[kind])
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2 * len(measured.SLABS[kind])
