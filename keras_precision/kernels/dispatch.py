@@ -81,9 +81,17 @@ def _tile(layout, rows, dtype):
     """Returns what to multiply so many rows by, None if the weight is to be decoded."""
     # Lanes wait for double-quantized scales, which a kernel for one row finds in time (H100: 21.0 us, 28.8 with slabs).
     is_strip = rows == 1 and layout.largest_scale is not None
-    if device.has_wgmma() and warpgroup.can_run(layout, dtype) and not is_strip:
-        return measured.first_for(rows, measured.SLABS[layout.kind])
+    slab = None if is_strip else _slab(layout.kind, layout, rows, dtype)
+    if slab is not None:
+        return slab
     return measured.PLANS[layout.kind].product(rows) if dtype != "float32" or rows == 1 else None
+
+
+def _slab(kind, layout, rows, dtype):
+    """Returns the slab of a kind that multiplies so many rows of x of a dtype here, None if none does."""
+    if device.has_wgmma() and warpgroup.can_run(layout, dtype):
+        return measured.first_for(rows, measured.SLABS[kind])
+    return None
 
 
 def product_by(tile: row_product.Strip | weight_only.Tile | warpgroup.Slab) -> Callable:
@@ -109,8 +117,8 @@ def integer_products(x, codes) -> Callable:
         return reference.scaled_products
     rows = math.prod(x.shape[:-1])
     fits = layout.shape[0] <= reference.ROWS_PER_SUM
-    if fits and device.has_wgmma() and warpgroup.can_run(layout, keras.backend.standardize_dtype(codes.dtype)):
-        slab = measured.first_for(rows, measured.SLABS["integers"])
+    slab = _slab("integers", layout, rows, keras.backend.standardize_dtype(codes.dtype))
+    if fits and slab is not None:
         return functools.partial(warpgroup.integer_product, slab=slab)
     tile = measured.PLANS[layout.kind].product(rows)
     if tile is None:

@@ -21,8 +21,10 @@ _LOG_OF_GROUP = SCALES_PER_BLOCK.bit_length() - 1
 
 
 def rows_of(dtype: str) -> int:
-    """Returns how many rows of the weight an operand of a dtype has: those of a swizzled row of x."""
-    return lanes.SWIZZLE // np.dtype("uint8" if dtype == lanes.INT8 else "uint16").itemsize
+    """Returns how many rows of the weight an operand of a dtype has: as many as numbers fit in a swizzled row of x."""
+    import jax.numpy as jnp
+
+    return lanes.SWIZZLE // jnp.dtype(dtype).itemsize
 
 
 def decode(codes, scales, factors, half, first_column, block, layout: Layout, dtype: str, interpret: bool):
@@ -124,12 +126,7 @@ def transforms(dtype: str) -> tuple:
     """Returns how Mosaic GPU stores swizzled rows of a dtype in shared memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return plgpu.TilingTransform(
-        (8, lanes.SWIZZLE // np.dtype(_NUMPY.get(dtype, dtype)).itemsize)
-    ), plgpu.SwizzleTransform(lanes.SWIZZLE)
-
-
-_NUMPY = {"bfloat16": "uint16"}
+    return plgpu.TilingTransform((8, rows_of(dtype))), plgpu.SwizzleTransform(lanes.SWIZZLE)
 
 
 def _decode_anywhere(codes, scales, factors, half, first_column, block, layout, dtype):
@@ -146,10 +143,9 @@ def _decode_anywhere(codes, scales, factors, half, first_column, block, layout, 
     if scales is not None:
         found = scales[columns]
         if factors:
-            arrays = [found[None], *(factor[...] for factor in factors)]
-            # The scales here are those of one block, as if it were the first; its factors are where they are.
+            absmax, offset, table = (factor[...] for factor in factors)
             groups = group_of_scale(block, first_column + half * COLUMNS + jnp.arange(COLUMNS), layout)
-            found = expanded(arrays[3][found.astype("int32")] * arrays[1][groups], arrays[2][0], layout)
+            found = expanded(table[found.astype("int32")] * absmax[groups], offset[0], layout)
         values = values * found[None]
     return values.astype(dtype).T
 

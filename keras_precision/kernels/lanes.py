@@ -89,11 +89,12 @@ class Lane:
 
 def array(registers, shape, layout, dtype):
     """Returns Mosaic GPU's array of 32-bit registers, in the order of its layout."""
+    import jax.numpy as jnp
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
 
-    element = utils.dtype_to_ir_type(np.dtype(dtype) if dtype != "bfloat16" else _bfloat16())
+    element = utils.dtype_to_ir_type(jnp.dtype(dtype))
     vector = ir.VectorType.get((32 // utils.bitwidth(element),), element)
     found = np.array([utils.bitcast(register, vector) for register in registers], dtype=object)
     return mgpu.FragmentedArray(
@@ -101,12 +102,6 @@ def array(registers, shape, layout, dtype):
         _layout=layout,
         _is_signed=True if dtype == INT8 else None,
     )
-
-
-def _bfloat16():
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
 
 
 def assembly(lines, inputs, n_results, has_side_effects=False):

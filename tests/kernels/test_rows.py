@@ -1,20 +1,16 @@
 """Functions of rows run in loops and in kernels, the latter interpreted, against the same function of all rows."""
 
-import functools
 import types
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
+from row_runners import RUNNERS
 
 from keras_precision.kernels import rows
 from keras_precision.kernels.compiled import compiled
 
-RUNNERS = {
-    "jax": {"loop": rows._by_loop, "kernel": functools.partial(rows._by_kernel, interpret=True)},
-    "tensorflow": {"loop": rows._by_while_loop},
-}.get(keras.backend.backend(), {})
 pytestmark = pytest.mark.skipif(not RUNNERS, reason="runs on two backends")
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
 TABLE = np.linspace(-1, 1, 256).astype("float32") ** 3

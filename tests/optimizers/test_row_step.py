@@ -1,7 +1,6 @@
 """Steps that decode, update and encode some rows of blocks at a time, against steps on whole tensors."""
 
 import contextlib
-import functools
 import math
 import re
 
@@ -9,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from row_runners import RUNNERS
 
 from keras_precision.kernels import rows
 from keras_precision.kernels.compiled import compiled
@@ -18,10 +18,6 @@ from keras_precision.scaling import LossScaleOptimizer
 
 
 SHAPE = (9, 8, 96)  # 27 rows of 256
-RUNNERS = {
-    "jax": {"loop": rows._by_loop, "kernel": functools.partial(rows._by_kernel, interpret=True)},
-    "tensorflow": {"loop": rows._by_while_loop},
-}.get(keras.backend.backend(), {})
 pytestmark = pytest.mark.skipif(not RUNNERS, reason="runs on two backends")
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
 BY_ROWS = {

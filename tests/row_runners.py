@@ -1,0 +1,12 @@
+"""What may run functions of rows on the backend of the tests, kernels interpreted."""
+
+import functools
+
+import keras
+
+from keras_precision.kernels import rows
+
+RUNNERS = {
+    "jax": {"loop": rows._by_loop, "kernel": functools.partial(rows._by_kernel, interpret=True)},
+    "tensorflow": {"loop": rows._by_while_loop},
+}.get(keras.backend.backend(), {})
