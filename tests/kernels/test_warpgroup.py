@@ -1,21 +1,18 @@
 """Products by Hopper's matrix units: interpreted, against float64 arithmetic; what lanes read, emulated; lowered."""
 
 import dataclasses
-import functools
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
+from stored_weights import UNIT, numbers, scales_of, stored, tensors
 
-from keras_precision.formats import FORMATS, double_quant
 from keras_precision.kernels import device, dispatch, lanes, measured, reference, warpgroup
 from keras_precision.kernels.layout import Layout
 from keras_precision.kernels.warpgroup import Slab
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
-
-UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def interpreter():
@@ -25,24 +22,6 @@ def interpreter():
     except ImportError:  # jax 0.10
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
     return InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
-
-
-@functools.cache
-def stored(name, k, n):
-    """(codec, its parts as tensors, the weight that they stand for in float64)."""
-    base, _, option = name.partition("/")
-    codec = FORMATS[base].with_option(option) if option else FORMATS[base]
-    encoded = codec.encode(np.random.default_rng(k).standard_normal((k, n), dtype="float32"))
-    parts = {part: ops.convert_to_tensor(array) for part, array in encoded.items()}
-    return codec, parts, numbers(codec.decode(parts, (k, n), "float32"))
-
-
-def scales_of(parts):
-    return double_quant.arrays(parts) if "scale_codes" in parts else [parts["scale"]]
-
-
-def numbers(tensor):
-    return np.asarray(ops.convert_to_numpy(tensor)).astype("float64")
 
 
 # A slab of each number of parts and pairs, less than a slab and more, k split among programs and not, blocks in a step
@@ -77,7 +56,10 @@ def test_integer_products_are_exact(programs):
     _, parts, _ = stored("int8", 384, 128)
     draw = np.random.default_rng(0)
     x, x_scale = draw.integers(-127, 128, (9, 384)).astype("int8"), draw.uniform(0.5, 2, (9, 1)).astype("float32")
-    arguments = [ops.convert_to_tensor(array) for array in (x, x_scale)] + [parts["codes"], parts["scale"], "float32"]
+    arguments = [ops.convert_to_tensor(array) for array in (x, x_scale)] + [
+        *map(tensors(parts).get, ("codes", "scale")),
+        "float32",
+    ]
     found = warpgroup.integer_product(*arguments, slab=Slab(8, 1, 2, programs=programs), interpret=interpreter())
     np.testing.assert_allclose(numbers(found), numbers(reference.scaled_products(*arguments)), rtol=3e-7)
 
@@ -183,7 +165,7 @@ def on_hopper(monkeypatch):
 def test_dispatch(on_hopper, name, kernel):
     codec, parts, weight = stored(name, 128, 128)
     x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((2, 3, 128), dtype="float32"), "bfloat16")
-    found = codec.matmul(x, parts, (128, 128), "bfloat16")
+    found = codec.matmul(x, tensors(parts), (128, 128), "bfloat16")
     assert on_hopper == [kernel] and found.shape == (2, 3, 128)
     np.testing.assert_allclose(numbers(found), numbers(x) @ weight, rtol=0.02, atol=0.5)
 
@@ -210,5 +192,7 @@ def test_measured_slabs_lower_for_cuda(kind, dtype):
                 assert found.shape == (rows, 256)
                 yield found
 
-    text = jax.jit(lambda parts: list(products(parts))).trace(parts).lower(lowering_platforms=("cuda",)).as_text()
+    text = (
+        jax.jit(lambda parts: list(products(parts))).trace(tensors(parts)).lower(lowering_platforms=("cuda",)).as_text()
+    )
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 2 * len(measured.SLABS[kind])

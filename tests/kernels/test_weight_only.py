@@ -1,15 +1,15 @@
 """Kernels that multiply with stored codes, interpreted, against float64 arithmetic on decoded weights; and lowered."""
 
 import dataclasses
-import functools
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
+from stored_weights import UNIT, numbers, scales_of, stored, tensors
 
 import keras_precision
-from keras_precision.formats import FORMATS, double_quant
+from keras_precision.formats import FORMATS
 from keras_precision.kernels import device, dispatch, measured, reference, row_product, weight_only
 from keras_precision.kernels.row_product import Strip
 from keras_precision.kernels.weight_only import Tile
@@ -17,35 +17,13 @@ from keras_precision.kernels.weight_only import Tile
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
 
 KINDS = {"nf4": "table", "fp4-dq": "table", "int4": "whole", "int8-weight-only": "bytes"}
-UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 BY_NUMBER, BY_UNITS = Strip(16, 2, 4, 2, 4), Tile(16, 16, 16, decodes_ahead=True)
 # Even and odd, tiles' multiples and not, and less than a block, a tile or a byte.
 SHAPES = [(128, 32), (77, 33), (1, 1)]
 
 
-@functools.cache
-def stored(name, k, n):
-    """(codec, its parts, the weight that they stand for in float64)."""
-    codec = FORMATS[name]
-    parts = codec.encode(np.random.default_rng(k).standard_normal((k, n), dtype="float32"))
-    weight = ops.convert_to_numpy(codec.decode(tensors(parts), (k, n), "float32")).astype("float64")
-    return codec, parts, weight
-
-
-def tensors(parts):
-    return {name: ops.convert_to_tensor(array) for name, array in parts.items()}
-
-
-def scales_of(parts):
-    return double_quant.arrays(tensors(parts)) if "scale_codes" in parts else [parts["scale"]]
-
-
 def activations(rows, k, dtype):
     return ops.convert_to_tensor(np.random.default_rng(rows).standard_normal((rows, k), dtype="float32"), dtype)
-
-
-def numbers(tensor):
-    return np.asarray(ops.convert_to_numpy(tensor)).astype("float64")
 
 
 def product(x, codes, scales, layout, tile, *others):
