@@ -8,5 +8,5 @@ from keras_precision.kernels import rows
 
 RUNNERS = {
     "jax": {"loop": rows._by_loop, "kernel": functools.partial(rows._by_kernel, interpret=True)},
-    "tensorflow": {"loop": rows._by_while_loop},
+    "tensorflow": {"loop": rows._by_loop},
 }.get(keras.backend.backend(), {})

@@ -21,7 +21,8 @@ _WARPS = 1
 _ELEMENTS_OF_A_LOOP = 131072
 _LANES = 32
 # On TensorFlow XLA's CPU compiler converts a whole array of float8 in each round, and nothing views it as integers.
-_UPDATED_IN_PLACE = ("float32", "uint8")
+_CHANGED_ON_TENSORFLOW = ("float32", "uint8")
+_CODES = ("uint8", "float8_e4m3fn")
 
 
 def _look_up(table, places):
@@ -70,7 +71,7 @@ def can_run(tensor, dtypes: Iterable[str] = ()) -> bool:
     is_compiled = _IS_COMPILED.get(keras.backend.backend())
     if is_compiled is None or not is_compiled(tensor) or _runner() is None:
         return False
-    return _runner() is not _by_while_loop or all(dtype in _UPDATED_IN_PLACE for dtype in dtypes)
+    return keras.backend.backend() != "tensorflow" or all(dtype in _CHANGED_ON_TENSORFLOW for dtype in dtypes)
 
 
 def _is_traced(tensor):
@@ -144,52 +145,58 @@ def _rows_of_a_round(shape):
 
 
 def _by_loop(function, changed, read, scalars, tables):
-    import jax
-
     n_rows = changed[0].shape[0]
     size = _rows_of_a_round(changed[0].shape)
-    dtypes = [x.dtype for x in changed]
+    count, rest = divmod(n_rows, size)
+    dtypes = [keras.backend.standardize_dtype(x.dtype) for x in changed]
 
     def made(start, size, arrays):
         def cut(array):
-            return jax.lax.dynamic_slice_in_dim(array, start, size)
+            return ops.slice(array, _start(start, array), (size, *array.shape[1:]))
 
-        old = [cut(x).view(dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
-        new = function(old, [cut(x) for x in read], scalars, ANY)
-        return [rows.view(x.dtype) for x, rows in zip(arrays, new, strict=True)]
+        old = [_viewed(cut(x), dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+        return list(map(_as_stored, function(old, [cut(x) for x in read], scalars, ANY)))
 
-    def put(arrays, new, start, places):
-        return [
-            jax.lax.dynamic_update_slice_in_dim(x, new[i], start, 0) if i in places else x for i, x in enumerate(arrays)
-        ]
+    def put(arrays, new, start):
+        """Writes `new`, by their places among the arrays."""
+        return [ops.slice_update(x, _start(start, x), new[i]) if i in new else x for i, x in enumerate(arrays)]
 
-    # XLA would convert a whole array of float8 in each round (jax 0.10).
-    arrays = [x.view("uint8") if x.dtype.itemsize == 1 else x for x in changed]
+    arrays = list(map(_as_stored, changed))
     # XLA computes on one core what it writes into a slice. What takes the most work, codes, it computes on all cores
     # into arrays of their own, as the next round copies them, which is little work.
-    late = [i for i, x in enumerate(arrays) if x.dtype.itemsize == 1]
-    at_once = [i for i in range(len(arrays)) if i not in late]
+    late = [i for i, dtype in enumerate(dtypes) if dtype in _CODES]
 
     def step(i, arrays, last):
-        arrays = put(arrays, last, jax.numpy.maximum(i - 1, 0) * size, late)
+        arrays = put(arrays, dict(zip(late, last, strict=True)), ops.maximum(i - 1, 0) * size)
         new = made(i * size, size, arrays)
-        return put(arrays, new, i * size, at_once), {i: new[i] for i in late}
+        at_once = {i: rows for i, rows in enumerate(new) if i not in late}
+        return i + 1, put(arrays, at_once, i * size), [new[i] for i in late]
 
     def finish(i, arrays, last):
-        arrays = put(arrays, last, (i - 1) * size, late)
-        if n_rows % size:
-            rest = n_rows % size
-            arrays = put(arrays, made(n_rows - rest, rest, arrays), n_rows - rest, range(len(arrays)))
-        return arrays, last
+        arrays = put(arrays, dict(zip(late, last, strict=True)), (i - 1) * size)
+        if rest:
+            arrays = put(arrays, dict(enumerate(made(n_rows - rest, rest, arrays))), n_rows - rest)
+        return i + 1, arrays, last
 
-    def until(end, function, state):
-        return jax.lax.while_loop(lambda state: state[0] < end, lambda state: (state[0] + 1, *function(*state)), state)
-
-    count = n_rows // size
-    state = until(count, step, (jax.numpy.int32(0), arrays, {i: arrays[i][:size] for i in late}))
+    state = (ops.convert_to_tensor(0, "int32"), arrays, [arrays[i][:size] for i in late])
+    state = ops.while_loop(lambda i, *_: i < count, step, state)
     # Outside of a loop XLA would copy whole arrays before it writes into them.
-    _, arrays, _ = until(count + 1, finish, state)
-    return [x.view(dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+    _, arrays, _ = ops.while_loop(lambda i, *_: i < count + 1, finish, state)
+    return [_viewed(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+
+
+def _as_stored(array):
+    """Returns codes as integers: XLA would convert a whole array of float8 in each round (jax 0.10)."""
+    is_viewed = keras.backend.backend() == "jax" and keras.backend.standardize_dtype(array.dtype) in _CODES
+    return _viewed(array, "uint8") if is_viewed else array
+
+
+def _viewed(array, dtype):
+    return array if keras.backend.standardize_dtype(array.dtype) == dtype else ops.view(array, dtype)
+
+
+def _start(row, array):
+    return row, *(0,) * (len(array.shape) - 1)
 
 
 def _by_kernel(function, changed, read, scalars, tables, interpret=False):
@@ -238,36 +245,7 @@ def _by_kernel(function, changed, read, scalars, tables, interpret=False):
     )(*changed, *read, *numbers, *tables_in)
 
 
-def _by_while_loop(function, changed, read, scalars, tables):
-    """`_by_loop` on TensorFlow, where XLA updates the arrays in place too, but for a rest of rows."""
-    n_rows = changed[0].shape[0]
-    size = _rows_of_a_round(changed[0].shape)
-    n_rounds = n_rows // size
-
-    def cut(row, size, arrays):
-        return [ops.slice(x, _start(row, x), (size, *x.shape[1:])) for x in arrays]
-
-    def step(row, size, arrays, old):
-        new = function([*cut(row, size, arrays[:1]), *old], cut(row, size, read), scalars, ANY)
-        return [ops.slice_update(x, _start(row, x), rows) for x, rows in zip(arrays, new, strict=True)]
-
-    def round(i, state):
-        arrays = step(i * size, size, *state)
-        return arrays, cut(ops.minimum(i + 1, n_rounds - 1) * size, size, arrays[1:])
-
-    # Each round cuts the rows of the next one. Of rows that it cuts itself XLA would compute anew, for each use, what
-    # is cheap, also after the array was written: it would copy the whole array before. The first array, a weight that
-    # nothing is decoded from, is used once.
-    arrays, _ = ops.fori_loop(0, n_rounds, round, (list(changed), cut(0, size, changed[1:])))
-    row, left = n_rounds * size, n_rows % size
-    return step(row, left, arrays, cut(row, left, arrays[1:])) if left else arrays
-
-
-def _start(row, array):
-    return row, *(0,) * (len(array.shape) - 1)
-
-
 _IS_COMPILED = {"jax": _is_traced, "tensorflow": _is_in_xla_context}
-_RUNNERS = {"jax": {"cpu": _by_loop, "gpu": _by_kernel}, "tensorflow": {"cpu": _by_while_loop}}.get(
+_RUNNERS = {"jax": {"cpu": _by_loop, "gpu": _by_kernel}, "tensorflow": {"cpu": _by_loop}}.get(
     keras.backend.backend(), {}
 )

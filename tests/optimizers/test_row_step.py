@@ -175,13 +175,16 @@ def test_a_step_holds_no_slot_in_float32():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tells its programs on TensorFlow only")
-@pytest.mark.parametrize("state_format", ["dynamic8", "dynamic4"])
+@pytest.mark.parametrize(
+    "state_format, shape", [("dynamic8", (128, 4096)), ("dynamic8", (1999, 256)), ("dynamic4", (128, 4096))]
+)
 @pytest.mark.parametrize("name", BY_ROWS)
-def test_a_program_copies_no_array_that_it_updates(name, state_format):
+def test_a_program_copies_no_array_that_it_updates(name, state_format, shape):
     import tensorflow as tf
 
     most = rows._ELEMENTS_OF_A_LOOP
-    weight, optimizer = keras.Variable(np.zeros((most // 1024, 4096), "float32")), LowBit(BY_ROWS[name](), state_format)
+    assert math.prod(shape) > 3 * most
+    weight, optimizer = keras.Variable(np.zeros(shape, "float32")), LowBit(BY_ROWS[name](), state_format)
     optimizer.build([weight])
     run = tf.function(lambda gradient: optimizer.apply([gradient], [weight]), jit_compile=True)
     program = run.experimental_get_compiler_ir(tf.zeros(weight.shape))("optimized_hlo")
