@@ -20,9 +20,10 @@ _WARPS = 1
 # weights on 2 cores, dynamic8: 64 ms, 54 with this).
 _ELEMENTS_OF_A_LOOP = 131072
 _LANES = 32
-# On TensorFlow XLA's CPU compiler converts a whole array of float8 in each round, and nothing views it as integers.
-_CHANGED_ON_TENSORFLOW = ("float32", "uint8")
-_CODES = ("uint8", "float8_e4m3fn")
+_CODES = "uint8"
+# XLA's CPU compiler would convert a whole array of float8 in each round. TensorFlow views none as integers.
+_STORED_AS = {"jax": {"float8_e4m3fn": _CODES}}.get(keras.backend.backend(), {})
+_CHANGED_ON_TENSORFLOW = ("float32", _CODES)
 
 
 def _look_up(table, places):
@@ -149,46 +150,43 @@ def _by_loop(function, changed, read, scalars, tables):
     size = _rows_of_a_round(changed[0].shape)
     count, rest = divmod(n_rows, size)
     dtypes = [keras.backend.standardize_dtype(x.dtype) for x in changed]
+    stored = [_STORED_AS.get(dtype, dtype) for dtype in dtypes]
 
     def made(start, size, arrays):
+        """Returns new rows by the places of their arrays."""
+
         def cut(array):
             return ops.slice(array, _start(start, array), (size, *array.shape[1:]))
 
         old = [_viewed(cut(x), dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
-        return list(map(_as_stored, function(old, [cut(x) for x in read], scalars, ANY)))
+        new = function(old, [cut(x) for x in read], scalars, ANY)
+        return {i: _viewed(x, dtype) for i, (x, dtype) in enumerate(zip(new, stored, strict=True))}
 
     def put(arrays, new, start):
-        """Writes `new`, by their places among the arrays."""
         return [ops.slice_update(x, _start(start, x), new[i]) if i in new else x for i, x in enumerate(arrays)]
 
-    arrays = list(map(_as_stored, changed))
+    arrays = list(map(_viewed, changed, stored))
     # XLA computes on one core what it writes into a slice. What takes the most work, codes, it computes on all cores
     # into arrays of their own, as the next round copies them, which is little work.
-    late = [i for i, dtype in enumerate(dtypes) if dtype in _CODES]
+    late = [i for i, dtype in enumerate(stored) if dtype == _CODES]
 
     def step(i, arrays, last):
-        arrays = put(arrays, dict(zip(late, last, strict=True)), ops.maximum(i - 1, 0) * size)
+        arrays = put(arrays, last, ops.maximum(i - 1, 0) * size)
         new = made(i * size, size, arrays)
-        at_once = {i: rows for i, rows in enumerate(new) if i not in late}
-        return i + 1, put(arrays, at_once, i * size), [new[i] for i in late]
+        last = {i: new.pop(i) for i in late}
+        return i + 1, put(arrays, new, i * size), last
 
     def finish(i, arrays, last):
-        arrays = put(arrays, dict(zip(late, last, strict=True)), (i - 1) * size)
+        arrays = put(arrays, last, (i - 1) * size)
         if rest:
-            arrays = put(arrays, dict(enumerate(made(n_rows - rest, rest, arrays))), n_rows - rest)
+            arrays = put(arrays, made(n_rows - rest, rest, arrays), n_rows - rest)
         return i + 1, arrays, last
 
-    state = (ops.convert_to_tensor(0, "int32"), arrays, [arrays[i][:size] for i in late])
+    state = (ops.convert_to_tensor(0, "int32"), arrays, {i: arrays[i][:size] for i in late})
     state = ops.while_loop(lambda i, *_: i < count, step, state)
     # Outside of a loop XLA would copy whole arrays before it writes into them.
     _, arrays, _ = ops.while_loop(lambda i, *_: i < count + 1, finish, state)
     return [_viewed(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
-
-
-def _as_stored(array):
-    """Returns codes as integers: XLA would convert a whole array of float8 in each round (jax 0.10)."""
-    is_viewed = keras.backend.backend() == "jax" and keras.backend.standardize_dtype(array.dtype) in _CODES
-    return _viewed(array, "uint8") if is_viewed else array
 
 
 def _viewed(array, dtype):

@@ -189,7 +189,7 @@ def test_a_program_copies_no_array_that_it_updates(name, state_format, shape):
     run = tf.function(lambda gradient: optimizer.apply([gradient], [weight]), jit_compile=True)
     program = run.experimental_get_compiler_ir(tf.zeros(weight.shape))("optimized_hlo")
     copied = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", program)
-    assert copied and all(math.prod(map(int, filter(None, shape.split(",")))) <= most for shape in copied)
+    assert copied and all(math.prod(map(int, filter(None, lengths.split(",")))) <= most for lengths in copied)
     assert "dynamic-update-slice" in program
 
 
