@@ -23,8 +23,8 @@ BASE = "JAX bfloat16"
 KERAS = {f"Keras {mode}": mode for mode in ("int8", "int4")}
 OURS = {f"ours {name}": name for name in ("nf4", "nf4-dq", "int4", "int8-weight-only", "int8")}
 OTHERS = {"torch bfloat16": "torch", "bitsandbytes nf4": "bitsandbytes", "bitsandbytes LLM.int8": "bitsandbytes"}
-CALLS = 10  # a sample
 ROWS_OF_LARGE_PRODUCTS = 1024
+CALLS, CALLS_OF_LARGE_PRODUCTS = 30, 3  # a sample
 SECONDS_OF_REST = 0.5
 
 
@@ -105,18 +105,18 @@ def torch_call(name, k, n, count):
     return prepared, nbytes
 
 
-def least_seconds(run, wait, samples, rest=0.0) -> float:
-    """Returns the seconds of a call, the least of several samples, each taken after some seconds of rest."""
+def least_seconds(run, wait, samples, calls=10, rest=0.0) -> float:
+    """Returns the seconds of a call, the least of several samples of some calls, each taken after some seconds of rest."""
     for _ in range(2):
         wait(run())
     taken = []
     for _ in range(samples):
         time.sleep(rest)
         start = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             found = run()
         wait(found)
-        taken.append((time.perf_counter() - start) / CALLS)
+        taken.append((time.perf_counter() - start) / calls)
     return min(taken)
 
 
@@ -137,8 +137,11 @@ def limits(size, samples):
 def measure(name: str, k: int, n: int, rows: list[int], count: int, samples: int, size: int) -> dict:
     """Returns the seconds of a product for each number of rows, the bytes of a weight and the device's limits."""
     prepared, nbytes = (torch_call if name in OTHERS else jax_call)(name, k, n, count)
-    rests = [SECONDS_OF_REST if m >= ROWS_OF_LARGE_PRODUCTS else 0.0 for m in rows]
-    seconds = [least_seconds(*prepared(m), samples, rest) / count for m, rest in zip(rows, rests, strict=True)]
+    seconds = []
+    for m in rows:
+        is_large = m >= ROWS_OF_LARGE_PRODUCTS
+        settings = (CALLS_OF_LARGE_PRODUCTS, SECONDS_OF_REST) if is_large else (CALLS,)
+        seconds.append(least_seconds(*prepared(m), samples, *settings) / count)
     return {"seconds": seconds, "bytes": nbytes, "limits": limits(size, samples) if name == BASE else None}
 
 
@@ -147,8 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="4096,14336", help="k,n")
     parser.add_argument("--rows", default="1,4,16,64,256,4096", help="numbers of rows of x, by commas")
-    parser.add_argument("--layers", type=int, default=8, help="in one call")
-    parser.add_argument("--samples", type=int, default=5, help=f"times {CALLS} calls, of which the fastest count")
+    parser.add_argument("--layers", type=int, default=32, help="in one call")
+    parser.add_argument("--samples", type=int, default=5, help="of some calls, of which the fastest counts")
     parser.add_argument("--size", type=int, default=8192, help="of the matrices that measure the device's limits")
     parser.add_argument("--only", type=lambda text: text.split(";"), help="subjects, by semicolons")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

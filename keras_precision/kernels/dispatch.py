@@ -13,7 +13,9 @@ from keras_precision import dtypes
 from keras_precision.kernels import (
     cast_transpose,
     device,
+    few_rows,
     float8,
+    one_thread,
     measured,
     reference,
     row_product,
@@ -88,16 +90,29 @@ def _tile(layout, rows, dtype):
 
 
 def _slab(kind, layout, rows, dtype):
-    """Returns the slab of a kind that multiplies so many rows of x of a dtype here, None if none does."""
-    if device.has_wgmma() and warpgroup.can_run(layout, dtype):
-        return measured.first_for(rows, measured.SLABS[kind])
-    return None
+    """Returns the tile of a kind that multiplies so many rows of x of a dtype on Hopper, None elsewhere or if none does."""
+    if not device.has_wgmma():
+        return None
+    tiles = measured.SLABS[kind]
+    return measured.first_for(rows, [pair for pair in tiles if _module(pair[1]).can_run(layout, dtype)])
 
 
-def product_by(tile: row_product.Strip | weight_only.Tile | warpgroup.Slab) -> Callable:
+_MODULES = {
+    row_product.Strip: row_product,
+    weight_only.Tile: weight_only,
+    warpgroup.Slab: warpgroup,
+    one_thread.Warps: few_rows,
+}
+
+
+def _module(tile):
+    """Returns the module of the kernel that works on such tiles."""
+    return _MODULES[type(tile)]
+
+
+def product_by(tile: row_product.Strip | weight_only.Tile | warpgroup.Slab | one_thread.Warps) -> Callable:
     """Returns what multiplies with such a tile."""
-    module = {row_product.Strip: row_product, weight_only.Tile: weight_only, warpgroup.Slab: warpgroup}[type(tile)]
-    return module.product
+    return _module(tile).product
 
 
 def integer_products(x, codes) -> Callable:

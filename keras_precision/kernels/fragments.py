@@ -194,7 +194,7 @@ def _scales(arrays, first_column, block, layout, lane):
 def _decoded(codes, factors, layout, dtype, lane):
     """Returns the registers of `decode` for a 16-bit operand, in wgmma's order: 8 rows, of which each column's pair."""
     is_packed = layout.values is not None
-    own = lane.choose([float(value) for value in layout.values]) if is_packed else None
+    own = lanes.choose([float(value) for value in layout.values], lane.lane) if is_packed else None
     registers = []
     for first in range(0, rows_of(dtype) // layout.codes_per_byte, 32):
         for word in lane.matrices(codes, first, lane.row_of_nibbles if is_packed else lane.row_of_bytes):

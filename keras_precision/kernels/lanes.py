@@ -24,9 +24,9 @@ class Lane:
         from jaxlib.mlir.dialects import arith, gpu
 
         thread = arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x))
-        self.warp = _and(shift_right(thread, 5), 7)  # of the two warpgroups of a pair
-        self.lane = _and(thread, 31)
-        self.t = _and(thread, 3)
+        self.warp = bits_and(shift_right(thread, 5), 7)  # of the two warpgroups of a pair
+        self.lane = bits_and(thread, 31)
+        self.t = bits_and(thread, 3)
         g = shift_right(self.lane, 2)
         self.column = add(shift_left(self.warp, 4), shift_left(g, 1))
 
@@ -40,8 +40,8 @@ class Lane:
                 the row of these 32 that is to be there. Its 8 rows must differ
                 modulo 8, or banks collide.
         """
-        row = row_of(shift_right(self.lane, 3), _and(self.lane, 7))
-        part = _xor(self.warp, _and(row, 7))
+        row = row_of(shift_right(self.lane, 3), bits_and(self.lane, 7))
+        part = _xor(self.warp, bits_and(row, 7))
         offset = add(shift_left(row, 7), shift_left(part, 4))
         address = _as_integer(pointer(codes, add(offset, first * SWIZZLE)))
         text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
@@ -53,25 +53,14 @@ class Lane:
 
     def row_of_nibbles(self, matrix, place):
         """A byte is a pair itself; the next row of a lane is 4 bytes, 8 rows of the weight, further."""
-        return add(shift_left(matrix, 3), add(shift_right(place, 1), shift_left(_and(place, 1), 2)))
+        return add(shift_left(matrix, 3), add(shift_right(place, 1), shift_left(bits_and(place, 1), 2)))
 
     def row_of_quads(self, matrix, place):
         """A lane t needs rows 4 t to 4 t + 3 of 16 in two matrices; where t > 1 the first has the latter two."""
         t = shift_right(place, 1)
-        is_swapped = _xor(_and(matrix, 1), shift_right(t, 1))
-        in_16 = add(add(shift_left(t, 2), _and(place, 1)), shift_left(is_swapped, 1))
+        is_swapped = _xor(bits_and(matrix, 1), shift_right(t, 1))
+        in_16 = add(add(shift_left(t, 2), bits_and(place, 1)), shift_left(is_swapped, 1))
         return add(shift_left(shift_right(matrix, 1), 4), in_16)
-
-    def choose(self, numbers):
-        """Returns the one of 16 floats whose place the lane's number modulo 16 is."""
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith
-
-        left = [arith.constant(ir.F32Type.get(), number) for number in numbers]
-        for bit in range(4):
-            is_odd = _is_set(self.lane, 1 << bit)
-            left = [arith.select(is_odd, odd, even) for even, odd in zip(left[::2], left[1::2], strict=True)]
-        return left[0]
 
     def if_upper_half(self, no, yes):
         """Returns one of two ints, by whether t > 1."""
@@ -85,6 +74,18 @@ class Lane:
         from jaxlib.mlir.dialects import llvm
 
         return llvm.load(ir.VectorType.get((2,), ir.F32Type.get()), pointer(reference, shift_left(place, 2)))
+
+
+def choose(numbers, lane):
+    """Returns the one of 16 floats whose place the lane's number modulo 16 is."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+
+    left = [arith.constant(ir.F32Type.get(), number) for number in numbers]
+    for bit in range(4):
+        is_odd = _is_set(lane, 1 << bit)
+        left = [arith.select(is_odd, odd, even) for even, odd in zip(left[::2], left[1::2], strict=True)]
+    return left[0]
 
 
 def array(registers, shape, layout, dtype):
@@ -163,6 +164,14 @@ def as_float(register):
     return utils.bitcast(register, ir.F32Type.get())
 
 
+def as_integer(number):
+    """Returns an int32 with the bits of a float32 number."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+
+    return utils.bitcast(number, ir.IntegerType.get_signless(32))
+
+
 def pointer(reference, offset):
     """Returns the address so many bytes into a reference."""
     from jax.experimental.mosaic.gpu import utils
@@ -213,12 +222,12 @@ def operation(name, *operands):
 def _is_set(value, bit):
     from jaxlib.mlir.dialects import arith
 
-    return arith.cmpi(arith.CmpIPredicate.ne, _and(value, bit), integer(0))
+    return arith.cmpi(arith.CmpIPredicate.ne, bits_and(value, bit), integer(0))
 
 
 def _of_integers(name):
     return lambda a, b: operation(name, integer(a), integer(b))
 
 
-add, times, _and, _xor = map(_of_integers, ("addi", "muli", "andi", "xori"))
+add, times, bits_and, _xor = map(_of_integers, ("addi", "muli", "andi", "xori"))
 shift_left, shift_right = map(_of_integers, ("shli", "shrui"))

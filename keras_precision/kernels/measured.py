@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from keras_precision.kernels.one_thread import Warps
 from keras_precision.kernels.row_product import Strip
 from keras_precision.kernels.warpgroup import Slab
 from keras_precision.kernels.weight_only import Tile
@@ -69,6 +70,7 @@ PLANS = {
 }
 
 _CODEBOOK = (
+    (16, Warps()),
     (8, Slab(8, 8, 3, pairs=2)),
     (16, Slab(16, 8, 3, pairs=2)),
     (32, Slab(32, 4, 5, pairs=2)),
@@ -80,8 +82,7 @@ SLABS = {
     "whole": _CODEBOOK,
     "table": _CODEBOOK,
     "bytes": (
-        (8, Slab(8, 4, 4, pairs=2)),
-        (16, Slab(16, 4, 4, pairs=2)),
+        (16, Warps(64, 8, 8)),
         (64, Slab(64, 2, 5)),
         (128, Slab(128, 2, 4)),
         (math.inf, Slab(256, 1, 4, cluster=2)),

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from interpreting import interpreter
 from stored_weights import UNIT, numbers, scales_of, stored, tensors
 
 from keras_precision.kernels import device, dispatch, lanes, measured, reference, warpgroup
@@ -13,15 +14,6 @@ from keras_precision.kernels.layout import Layout
 from keras_precision.kernels.warpgroup import Slab
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
-
-
-def interpreter():
-    """Pallas's interpreter, in which copies from beyond an array give zeros as they do on a GPU."""
-    try:
-        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
-    except ImportError:  # jax 0.10
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-    return InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
 
 
 # A slab of each number of parts and pairs, less than a slab and more, k split among programs and not, blocks in a step

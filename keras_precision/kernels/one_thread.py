@@ -1,0 +1,289 @@
+"""One thread's part in a product of few rows of activations with stored codes (JAX only).
+
+A thread reads 8 or 16 bytes of each of its rows, some rows ahead, and decodes them where the instruction `mma` wants
+them: which columns of the weight are rows of its left operand, and in which order k is added up, is free. A byte's two
+values are looked up at once in shared memory, where each lane has a table in a bank of its own. Values are multiplied with x before scales are, a block at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from keras_precision.kernels.layout import Layout
+
+BYTE_ROWS = 32
+"""Rows of bytes that a warp works on between scales."""
+_LANES = 32
+_EIGHT = 8  # rows of x that one instruction multiplies, and threads that read a row of bytes side by side
+_BYTES_OF_ENTRY = 256  # so that one instruction makes an address of a code and a lane's place; half of it is unused
+DTYPES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Warps:
+    """What one program works on.
+
+    Attributes:
+        columns: of the weight.
+        width: bytes of a row that a thread reads at once, 8 or 16; eight
+            threads side by side do, so that a warp has 8 times as many columns.
+        warps: of which those that have the same columns share k.
+        ahead: times 32 rows of bytes that each warp reads before it needs them.
+        programs: so many run, or fewer, where k may be split; an H100 has 132
+            multiprocessors.
+    """
+
+    columns: int = 128
+    width: int = 8
+    warps: int = 16
+    ahead: int = 1
+    programs: int = 132
+
+    @property
+    def sharing(self) -> int:
+        """Warps that have the same columns."""
+        return self.warps * _EIGHT * self.width // self.columns
+
+
+def shared_words(layout, warps, m):
+    """Returns the words of shared memory: the table, in whose place sums are later."""
+    sums = warps.warps * _LANES * warps.width * 2 * -(-m // _EIGHT)
+    return max(sums, 256 * _BYTES_OF_ENTRY // 4 if layout.values else 0)
+
+
+def multiply(
+    t: Any,
+    strip,
+    part,
+    shared,
+    x,
+    codes,
+    *references,
+    layout: Layout,
+    warps: Warps,
+    dtype: str,
+    m: int,
+    result: str,
+    steps: int,
+) -> None:
+    """Does one thread's part.
+
+    Args:
+        t: `Thread`, or an object that computes in its place.
+        strip: int32, which columns are the program's.
+        part: int32, which part of k is.
+        shared: reference to words of shared memory, as many as `shared_words`.
+        x: reference to (m, k) of `dtype`.
+        codes: reference to the codes.
+        *references: to float32 scales, if there are any, and to the result
+            (parts, m, n).
+        layout: of the weight.
+        warps: what the program works on.
+        dtype: "float16" or "bfloat16".
+        m: rows of x.
+        result: dtype of the result.
+        steps: of a part, `BYTE_ROWS` rows of bytes each.
+    """
+    *scales, out = references
+    threads = _Places(t, strip, part, layout, warps, m, steps)
+    per_block = bool(scales) and layout.block_size is not None
+    read = functools.partial(_read, t, threads, x, codes, scales[0] if per_block else None)
+    places = [(place, half) for place in range(warps.ahead) for half in range(2)]
+    first = [read(0, *place) for place in places]
+    table = _table(t, shared, layout, warps, threads, dtype)
+    n_sums = 2 * warps.width * threads.row_groups
+
+    def step(turn, carried):
+        carried = iter(carried)
+        sums = [next(carried) for _ in range(n_sums)]
+        held = [_Half(*([next(carried) for _ in group] for group in half)) for half in first]
+        for i, place in enumerate(places):
+            following = read(t.add(turn, 1), *place)  # before what was read is used: nf4 takes 14.4 us, else 17.5
+            sums = _added(t, sums, held[i], held[i | 1].scales, threads, layout, dtype, table)
+            held[i] = following
+        return [*sums, *_flat(held)]
+
+    pairs = _pairs_to_write(t, threads, n_sums, scales[0] if scales and not per_block else None)
+    zeros = [t.number(0.0)] * n_sums
+    sums = t.loop(threads.rounds, step, [*zeros, *_flat(first)])[:n_sums]
+    _write(t, shared, out, sums, pairs, threads, result)
+
+
+class _Half(NamedTuple):
+    """What a thread has read of a half of a step, and with the second half the scales of both."""
+
+    words: list
+    of_x: list
+    scales: list
+
+
+def _flat(halves):
+    return [word for half in halves for group in half for word in group]
+
+
+class _Places:
+    """Where a thread's numbers are, of which most are the same in each round."""
+
+    def __init__(self, t, strip, part, layout, warps, m, steps):
+        (k, self.n), self.layout, self.warps, self.m = layout.shape, layout, warps, m
+        self.row_groups = -(-m // _EIGHT)
+        self.pairs = warps.width // 2  # of columns that a thread has
+        self.rows = BYTE_ROWS * layout.codes_per_byte
+        self.rounds = -(-steps // (warps.sharing * warps.ahead))
+        self.warp, self.lane = t.shift_right(t.index, 5), t.bits_and(t.index, _LANES - 1)
+        self.g, self.quarter = t.shift_right(self.lane, 2), t.bits_and(self.lane, 3)
+        group, self.own = t.quotient(self.warp, warps.sharing), t.remainder(self.warp, warps.sharing)
+        self.first_warp = t.times(group, warps.sharing)
+        of_group = t.add(t.times(group, _EIGHT * warps.width), t.times(self.g, warps.width))
+        self.column = t.add(t.times(strip, warps.columns), of_group)
+        self.part, first_step = part, t.times(part, steps)
+        self.step = t.add(first_step, self.own)
+        self.end = t.least(t.add(first_step, steps), k // self.rows)
+        # Each quarter of a warp has 4 rows of bytes that follow each other.
+        byte_row = t.add(t.times(self.step, BYTE_ROWS), t.times(self.quarter, 4))
+        self.code = t.add(t.times(byte_row, self.n), self.column)
+        self.row_bytes = 2 * k
+        self.of_x = t.add(t.times(self.g, self.row_bytes), t.times(byte_row, 2 * layout.codes_per_byte))
+
+
+def _read(t, threads, x, codes, scales, turn, place, half):
+    """Returns what a thread needs of a half of a step, zeros beyond the last."""
+    warps, layout, n, per_byte = threads.warps, threads.layout, threads.n, threads.layout.codes_per_byte
+    steps_on = t.times(turn, warps.ahead * warps.sharing)
+    byte_rows = place * warps.sharing * BYTE_ROWS + half * BYTE_ROWS // 2  # further
+    step = t.add(t.add(threads.step, steps_on), place * warps.sharing)
+    exists = t.is_less(step, threads.end)
+    at = t.add(threads.code, t.times(steps_on, BYTE_ROWS * n))
+    words = [word for j in range(4) for word in t.load(codes, at, (byte_rows + j) * n, warps.width // 4, exists)]
+    at = t.add(threads.of_x, t.times(steps_on, 2 * threads.rows))
+    of_x, of_blocks = [], []
+    for group in range(threads.row_groups):
+        is_row = t.is_less(t.add(threads.g, _EIGHT * group), threads.m)
+        offset = group * _EIGHT * threads.row_bytes + 2 * per_byte * byte_rows
+        of_x += t.load(x, at, offset, 2 * per_byte, t.bits_and(exists, is_row), keeps=True)
+    if scales is not None and half == 1:
+        block = t.quotient(step, layout.block_size // threads.rows)
+        at = t.times(t.add(t.times(block, n), threads.column), 4)
+        of_blocks = [word for i in range(0, warps.width, 4) for word in t.load(scales, at, 4 * i, 4, exists)]
+    return _Half(words, of_x, of_blocks)
+
+
+def _added(t, sums, half, scales, threads, layout, dtype, table):
+    """Returns sums, for each group of rows of x 4 for each pair of columns, and what a half of a step adds."""
+    found, per_byte = [], layout.codes_per_byte
+    operands = [
+        _operands(t, half.words, pair, threads.warps.width, layout, dtype, table) for pair in range(threads.pairs)
+    ]
+    for group in range(threads.row_groups):
+        of_x = half.of_x[2 * per_byte * group : 2 * per_byte * (group + 1)]
+        for pair in range(threads.pairs):
+            own = sums[len(found) : len(found) + 4]
+            total = [t.number(0.0)] * 4 if scales else own
+            for place, operand in enumerate(operands[pair]):
+                total = t.matrix_product(total, operand, of_x[2 * place : 2 * place + 2], dtype)
+            if scales:
+                of_columns = [scales[2 * pair + i // 2] for i in range(4)]
+                total = map(t.multiplied_and_added, total, of_columns, own)
+            found += total
+    return found
+
+
+class _Pair(NamedTuple):
+    """Two columns of a row of x whose sums a thread adds up: which of a warp's sums, where they belong, and scales."""
+
+    register: Any
+    row: Any
+    column: Any
+    exists: Any
+    scales: list
+
+
+def _pairs_to_write(t, threads, n_sums, column_scales):
+    """Returns what of the result a thread will write; scales are read now, when there is time."""
+    found, units, sharing = [], n_sums // 2, threads.warps.sharing
+    for first in range(0, units, sharing):
+        unit = t.add(threads.own, first)
+        exists = t.is_less(unit, units)
+        unit = t.least(unit, units - 1)
+        which, odd = t.shift_right(unit, 1), t.bits_and(unit, 1)
+        row = t.add(t.add(t.times(t.quotient(which, threads.pairs), _EIGHT), t.times(threads.quarter, 2)), odd)
+        column = t.add(threads.column, t.times(t.remainder(which, threads.pairs), 2))
+        scales = [] if column_scales is None else t.load(column_scales, t.times(column, 4), 0, 2)
+        exists = t.bits_and(exists, t.is_less(row, threads.m))
+        found.append(_Pair(t.add(t.times(which, 4), odd), row, column, exists, scales))
+    return found
+
+
+def _write(t, shared, out, sums, pairs, threads, result):
+    """Adds up what warps have of the same columns, and stores it."""
+    word_bytes = 4 * _LANES
+    of_lane = t.times(threads.lane, 4)
+    t.barrier()  # no one needs the table any longer
+    own = t.add(t.times(threads.warp, len(sums) * word_bytes), of_lane)
+    for place, value in enumerate(sums):
+        t.store_shared(shared, own, value, place * word_bytes)
+    t.barrier()
+    for pair in pairs:
+        register = t.add(t.times(threads.first_warp, len(sums)), pair.register)
+        offset = t.add(t.times(register, word_bytes), of_lane)
+        numbers = []
+        for column in range(2):
+            places = range(2 * column, threads.warps.sharing * len(sums), len(sums))
+            parts = [t.load_shared(shared, offset, place * word_bytes) for place in places]
+            numbers.append(functools.reduce(t.added, parts))
+        if pair.scales:
+            numbers = list(map(t.multiplied, numbers, pair.scales))
+        row = t.add(pair.row, t.times(threads.part, threads.m))
+        size = 4 if result == "float32" else 2
+        t.store_pair(out, t.times(t.add(t.times(row, threads.n), pair.column), size), numbers, pair.exists, result)
+
+
+def _operands(t, words, pair, width, layout, dtype, table):
+    """Returns left operands of a pair of columns: both columns' weights in two rows of bytes, 4 registers, or twice that."""
+    per_row = width // 4
+    rows = [words[row * per_row + pair // 2] for row in range(4)]
+    bytes_of_pair = [2 * (pair % 2), 2 * (pair % 2) + 1]
+    if layout.values is None:
+        # Bytes of two rows side by side, of both columns.
+        (a, b), (c, d) = bytes_of_pair, [4 + byte for byte in bytes_of_pair]
+        selector = a | c << 4 | b << 8 | d << 12
+        found = []
+        for first in (0, 2):
+            both = t.permute(rows[first], rows[first + 1], selector)
+            found += [_of_bytes(t, both, place, dtype) for place in (0, 2)]
+        return [found]
+    values = [[_of_nibbles(t, word, byte, table) for byte in bytes_of_pair] for word in rows]
+    return [[*values[0], *values[1]], [*values[2], *values[3]]]
+
+
+def _of_bytes(t, both, place, dtype):
+    """Returns the pair of floats of the int8 codes in a word's bytes `place` and the next."""
+    if dtype == "float16":  # 1024 + 128 + code
+        found = t.permute(t.exclusive_or(both, 0x80808080), 0x64646464, 0x4040 | place | place + 1 << 8)
+        return t.pairs_added(found, 0xE480E480, dtype)
+    # 128 + the code's low 7 bits, less 128, or 256 where the code is negative.
+    found = t.permute(both, 0x43434343, 0x4040 | place | place + 1 << 8)
+    return t.pairs_subtracted(t.masked(found, 0xFF7FFF7F, 0), t.masked(found, 0xFF80FF80, 0), dtype)
+
+
+def _of_nibbles(t, word, byte, table):
+    """Returns the pair of values of a byte, the high nibble's in the lower half."""
+    shared, lane = table
+    return t.load_shared(shared, t.permute(word, lane, 0x7704 | byte << 4))
+
+
+def _table(t, shared, layout, warps, threads, dtype):
+    """Fills each lane's table of bytes' values; returns what `_of_nibbles` reads, None if there is no table."""
+    if layout.values is None:
+        return None
+    place = t.times(threads.lane, 4)
+    own = t.choose([float(value) for value in layout.values], threads.lane)
+    offset = t.add(t.times(threads.warp, _BYTES_OF_ENTRY), place)
+    for first in range(0, 256, warps.warps):
+        byte = t.add(threads.warp, first)
+        high, low = (t.from_lane(own, code) for code in (t.shift_right(byte, 4), t.bits_and(byte, 15)))
+        t.store_shared(shared, offset, t.pair_of(high, low, dtype), first * _BYTES_OF_ENTRY)
+    t.barrier()
+    return shared, place

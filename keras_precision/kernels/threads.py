@@ -1,0 +1,182 @@
+"""What each thread of a program does with registers and memory, in kernels for Mosaic GPU written thread by thread (JAX only).
+
+Registers are MLIR's int32 values, also where they hold floats or pairs of 16-bit floats; offsets are bytes. Tests run
+kernels with an object of the same methods that computes with arrays, an element a thread.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from keras_precision.kernels import lanes
+
+
+class Thread:
+    """A thread; its methods add operations to the kernel that is lowered.
+
+    Attributes:
+        index: int32, the thread's number in its program.
+    """
+
+    def __init__(self):
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, gpu
+
+        self.index = arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x))
+
+    add = staticmethod(lanes.add)
+    times = staticmethod(lanes.times)
+    shift_right = staticmethod(lanes.shift_right)
+    bits_and = staticmethod(lanes.bits_and)
+
+    def remainder(self, value, divisor: int):
+        """Returns value % divisor of numbers that are not negative."""
+        return lanes.operation("remui", value, lanes.integer(divisor))
+
+    def quotient(self, value, divisor: int):
+        """Returns value // divisor of numbers that are not negative."""
+        return lanes.operation("divui", value, lanes.integer(divisor))
+
+    def least(self, a, b):
+        """Returns the lesser of two numbers."""
+        return lanes.operation("minsi", lanes.integer(a), lanes.integer(b))
+
+    def is_less(self, value, end):
+        """Returns 1 where value < end, 0 elsewhere."""
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith
+
+        found = arith.cmpi(arith.CmpIPredicate.slt, lanes.integer(value), lanes.integer(end))
+        return arith.extui(ir.IntegerType.get_signless(32), found)
+
+    def load(self, reference, offset, constant: int, words: int, exists=None, keeps: bool = False) -> list:
+        """Returns words of global memory that no one writes.
+
+        Args:
+            reference: to memory.
+            offset: int32.
+            constant: to be added to the offset.
+            words: 1, 2 or 4, to whose size offsets are multiples.
+            exists: 0 for zeros, in place of memory; None for 1.
+            keeps: whether what is read stays in the cache next to the
+                multiprocessor.
+        """
+        kind = "ld.global.nc" + ("" if keeps else ".L1::no_allocate.L2::256B") + {1: "", 2: ".v2", 4: ".v4"}[words]
+        targets = ", ".join(f"${place}" for place in range(words))
+        line = f"{kind}.b32 {{{targets}}}, [${words} + {constant}];"
+        inputs = [lanes.pointer(reference, offset)]
+        if exists is None:
+            lines = [line]
+        else:
+            inputs.append(exists)
+            lines = [".reg .pred exists;", f"setp.ne.s32 exists, ${words + 1}, 0;"]
+            lines += [f"mov.b32 ${place}, 0;" for place in range(words)]
+            lines += [f"@exists {line}"]
+        found = lanes.assembly(lines, inputs, words, has_side_effects=True)
+        return list(found)
+
+    def permute(self, a, b, selector: int):
+        """Returns 4 of the 8 bytes of a and b, the lowest named by the selector's lowest 4 bits."""
+        return lanes.assembly([f"prmt.b32 $0, $1, $2, {selector};"], [lanes.integer(a), lanes.integer(b)], 1)[0]
+
+    def masked(self, a, mask: int, bits: int):
+        """Returns a & mask | bits."""
+        return lanes.assembly([f"lop3.b32 $0, $1, {mask}, {bits}, 0xEA;"], [a], 1)[0]
+
+    def exclusive_or(self, a, mask: int):
+        """Returns a ^ mask."""
+        return lanes.operation("xori", a, lanes.integer(_signed(mask)))
+
+    def pairs_added(self, a, b, dtype: str):
+        """Returns the sums of pairs of 16-bit floats."""
+        kind = lanes.PAIRS[dtype]
+        return lanes.assembly([f"add.rn.{kind} $0, $1, $2;"], [a, lanes.integer(_signed(b))], 1)[0]
+
+    def pairs_subtracted(self, a, b, dtype: str):
+        """Returns the differences of pairs of 16-bit floats."""
+        return lanes.assembly([f"sub.rn.{lanes.PAIRS[dtype]} $0, $1, $2;"], [a, b], 1)[0]
+
+    def multiplied(self, a, b):
+        """Returns the product of float32 numbers."""
+        return lanes.assembly(["mul.rn.f32 $0, $1, $2;"], [a, b], 1)[0]
+
+    def added(self, a, b):
+        """Returns the sum of float32 numbers."""
+        return lanes.assembly(["add.rn.f32 $0, $1, $2;"], [a, b], 1)[0]
+
+    def multiplied_and_added(self, a, b, c):
+        """Returns a * b + c of float32 numbers, rounded once."""
+        return lanes.assembly(["fma.rn.f32 $0, $1, $2, $3;"], [a, b, c], 1)[0]
+
+    def choose(self, numbers: list[float], lane):
+        """Returns the one of 16 float32 numbers whose place `lane` modulo 16 is."""
+        return lanes.as_integer(lanes.choose(numbers, lane))
+
+    def from_lane(self, value, lane):
+        """Returns what a lane of the same warp has."""
+        line = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
+        return lanes.assembly([line], [value, lane], 1, has_side_effects=True)[0]
+
+    def pair_of(self, low, high, dtype: str):
+        """Returns two float32 numbers as a pair of 16-bit floats."""
+        return lanes.assembly([f"cvt.rn.{lanes.PAIRS[dtype]}.f32 $0, $2, $1;"], [low, high], 1)[0]
+
+    def number(self, value: float):
+        """Returns a float32 number of the program."""
+        return lanes.integer(struct.unpack("<i", struct.pack("<f", value))[0])
+
+    def matrix_product(self, sums: list, a: list, b: list, dtype: str) -> list:
+        """Returns sums (16, 8) + a (16, 16) times b (16, 8), which a warp's threads hold together.
+
+        The thread 4 g + t has the pairs 2 t, 2 t + 1 of row g and of row g + 8
+        of a, and those 8 columns further of both; the same pairs of column g
+        of b; and sums 2 t, 2 t + 1 of row g and of row g + 8 (PTX ISA,
+        "Matrix Fragments for mma.m16n8k16 with floating point type").
+        """
+        kind = {"float16": "f16", "bfloat16": "bf16"}[dtype]
+        line = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        line += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        return list(lanes.assembly([line], [*a, *b, *sums], 4))
+
+    def load_shared(self, reference, offset, constant: int = 0):
+        """Returns a word of shared memory."""
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
+
+        place = lanes.further(lanes.pointer(reference, offset), constant)
+        return llvm.load(ir.IntegerType.get_signless(32), place)
+
+    def store_shared(self, reference, offset, value, constant: int = 0) -> None:
+        """Stores a word in shared memory."""
+        from jaxlib.mlir.dialects import llvm
+
+        llvm.store(value, lanes.further(lanes.pointer(reference, offset), constant))
+
+    def barrier(self) -> None:
+        """Waits for all of the program's threads."""
+        from jaxlib.mlir.dialects import gpu
+
+        gpu.barrier()
+
+    def loop(self, count: int, body: Callable[[Any, list], list], carried: list) -> list:
+        """Returns what body(round, carried) makes of int32 numbers after so many rounds."""
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import scf
+
+        if count == 1:
+            return body(lanes.integer(0), carried)
+        rounds = scf.ForOp(lanes.integer(0), lanes.integer(count), lanes.integer(1), carried)
+        with ir.InsertionPoint(rounds.body):
+            scf.YieldOp(body(rounds.induction_variable, list(rounds.inner_iter_args)))
+        return list(rounds.results)
+
+    def store_pair(self, reference, offset, numbers: list, exists, dtype: str) -> None:
+        """Stores two float32 numbers side by side in global memory, rounded to a dtype, where exists is 1."""
+        lanes.store_pair(numbers, lanes.pointer(reference, offset), lanes.integer(0), exists, dtype)
+
+
+def _signed(bits: int) -> int:
+    """Returns the int32 of 32 bits."""
+    return bits - 2**32 if bits >= 2**31 else bits

@@ -1,0 +1,287 @@
+"""Products of few rows: each thread's part computed with arrays, an element a thread, as a GPU would; lowered."""
+
+import dataclasses
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from keras import ops
+from interpreting import interpreter
+from stored_weights import UNIT, numbers, scales_of, stored, tensors
+
+from keras_precision.kernels import device, few_rows, measured, one_thread
+from keras_precision.kernels.layout import Layout
+from keras_precision.kernels.one_thread import Warps
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
+DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("float32")}
+
+
+def words(numbers_of_threads):
+    """Float32 numbers as registers."""
+    return np.asarray(numbers_of_threads, "float32").view("uint32")
+
+
+def floats(registers):
+    """Registers as float32 numbers."""
+    return np.ascontiguousarray(registers, "uint32").view("float32")
+
+
+def halves(registers, dtype):
+    """Registers as pairs of 16-bit floats, in float32."""
+    return np.ascontiguousarray(registers, "uint32").view(DTYPES[dtype]).reshape(-1, 2).astype("float32")
+
+
+def packed(pairs, dtype):
+    """Pairs of numbers as registers, rounded."""
+    return np.ascontiguousarray(pairs.astype(DTYPES[dtype])).view("uint32")[:, 0]
+
+
+class Threads:
+    """A program's threads: what `threads.Thread` does, done by arrays of all of them.
+
+    Shared memory that was not stored since the last barrier but one may not be read.
+    """
+
+    def __init__(self, count):
+        self.index = np.arange(count)
+        self.written = np.zeros(0, bool)
+
+    add, times, bits_and = (staticmethod(f) for f in (np.add, np.multiply, np.bitwise_and))
+    shift_right = staticmethod(np.right_shift)
+    remainder, quotient, least = (staticmethod(f) for f in (np.remainder, np.floor_divide, np.minimum))
+
+    def is_less(self, a, b):
+        return np.less(a, b).astype(int) + np.zeros_like(self.index)
+
+    def load(self, reference, offset, constant, words, exists=None, keeps=False):
+        exists = np.ones_like(self.index) if exists is None else exists
+        offset = np.where(exists, offset + constant, 0)
+        assert not (offset % (4 * words)).any()  # else the GPU raises
+        assert (0 <= offset).all() and (offset + 4 * words <= reference.size).all()
+        return [np.where(exists, reference.view("uint32")[offset // 4 + i], 0) for i in range(words)]
+
+    def permute(self, a, b, selector):
+        sources = [np.broadcast_to(np.asarray(x, "uint32"), self.index.shape) for x in (a, b)]
+        of_both = [x >> 8 * byte & 255 for x in sources for byte in range(4)]
+        chosen = [of_both[selector >> 4 * place & 7] for place in range(4)]
+        return sum(byte.astype("uint32") << 8 * place for place, byte in enumerate(chosen)).astype("uint32")
+
+    def masked(self, a, mask, bits):
+        return a & np.uint32(mask) | np.uint32(bits)
+
+    def exclusive_or(self, a, mask):
+        return a ^ np.uint32(mask)
+
+    def pairs_added(self, a, b, dtype):
+        return packed(halves(a, dtype) + halves(np.full_like(a, b), dtype), dtype)
+
+    def pairs_subtracted(self, a, b, dtype):
+        return packed(halves(a, dtype) - halves(b, dtype), dtype)
+
+    def multiplied(self, a, b):
+        return words(floats(a) * floats(b))
+
+    def added(self, a, b):
+        return words(floats(a) + floats(b))
+
+    def multiplied_and_added(self, a, b, c):
+        return words(floats(a).astype("float64") * floats(b) + floats(c))
+
+    def choose(self, values, lane):
+        return words(np.array(values, "float32")[lane % 16])
+
+    def from_lane(self, value, lane):
+        return value[self.index // 32 * 32 + lane]
+
+    def pair_of(self, low, high, dtype):
+        return packed(np.stack([floats(low), floats(high)], axis=1), dtype)
+
+    def number(self, value):
+        return words(np.full(self.index.shape, value))
+
+    def matrix_product(self, sums, a, b, dtype):
+        """As PTX's manual shows who has what."""
+        warps = len(self.index) // 32
+        g, t = np.divmod(np.arange(32), 4)
+        left, right = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
+        for i, register in enumerate(a):
+            pair = halves(register, dtype).reshape(warps, 32, 2)
+            for j in range(2):
+                left[:, g + 8 * (i % 2), 2 * t + j + 8 * (i // 2)] = pair[:, :, j]
+        for i, register in enumerate(b):
+            pair = halves(register, dtype).reshape(warps, 32, 2)
+            for j in range(2):
+                right[:, 2 * t + j + 8 * i, g] = pair[:, :, j]
+        product = left @ right
+        places = [(g + 8 * (i // 2), 2 * t + i % 2) for i in range(4)]
+        return [
+            words(floats(own) + product[:, row, column].ravel())
+            for own, (row, column) in zip(sums, places, strict=True)
+        ]
+
+    def load_shared(self, reference, offset, constant=0):
+        place = (offset + constant) // 4
+        assert self.written[place].all()
+        return reference[place]
+
+    def store_shared(self, reference, offset, value, constant=0):
+        place = (offset + constant) // 4
+        assert len(set(place)) == len(place)
+        reference[place] = value
+        self.pending.append(place)
+
+    pending = ()
+
+    def barrier(self):
+        for place in self.pending:
+            self.written[place] = True
+        self.pending = []
+
+    def loop(self, count, body, carried):
+        for turn in range(count):
+            carried = body(turn, carried)
+        return carried
+
+    def store_pair(self, reference, offset, numbers, exists, dtype):
+        size = DTYPES[dtype].itemsize
+        both = np.stack([floats(x) for x in numbers], axis=1).astype(DTYPES[dtype])
+        for place in range(2):
+            at = (offset // size + place)[exists == 1]
+            assert np.isnan(reference[at].astype("float32")).all()  # nothing is written twice
+            reference[at] = both[exists == 1, place]
+
+
+def computed(x, codes, scales, layout, warps, dtype, result):
+    """What `few_rows.product` returns, each program's threads after each other."""
+    (_, n), m = layout.shape, len(x)
+    steps_in_all = layout.byte_rows // one_thread.BYTE_ROWS
+    splits, each = few_rows.split(-(-steps_in_all // warps.sharing), warps.programs // (n // warps.columns))
+    steps = steps_in_all if splits == 1 else each * warps.sharing
+    result = result if splits == 1 else "float32"
+    is_scaled_later = splits > 1 and layout.block_size is None
+    scales_of_program = [] if is_scaled_later else scales
+    out = np.full(splits * m * n, np.nan, DTYPES[result])
+    flat = [np.ascontiguousarray(array).view("uint8").ravel() for array in (x, codes, *scales_of_program)]
+    for strip in range(n // warps.columns):
+        for part in range(splits):
+            threads = Threads(32 * warps.warps)
+            threads.pending = []
+            shared = np.zeros(one_thread.shared_words(layout, warps, m), "uint32")
+            threads.written = np.zeros(shared.shape, bool)
+            own = {"layout": layout, "warps": warps, "dtype": dtype, "m": m, "result": result, "steps": steps}
+            one_thread.multiply(threads, strip, part, shared, *flat, out, **own)
+    found = out.reshape(splits, m, n).astype("float64").sum(axis=0)
+    return found * numbers(scales[0]) if is_scaled_later else found
+
+
+# Each width, warps that share k and not, k split among programs, more k than fits, more steps ahead, 1 to 16 rows.
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "name, rows, shape, warps",
+    [
+        ("nf4", 1, (1024, 128), Warps(programs=1)),
+        ("nf4", 9, (576, 256), Warps(width=16, warps=4, programs=1)),
+        ("int4/128", 16, (640, 128), Warps(programs=4)),
+        ("fp4", 3, (192, 128), Warps(64, 8, 4, 2, programs=8)),
+        ("int8-weight-only", 5, (352, 128), Warps(64, 8, 8, programs=2)),
+        ("int8-weight-only", 8, (1024, 128), Warps(64, 8, 8, 2, programs=6)),
+    ],
+)
+def test_each_threads_part(name, rows, shape, warps, dtype):
+    codec, parts, weight = stored(name, *shape)
+    layout = codec.layout(shape)
+    assert few_rows.can_run(layout, dtype)
+    x = np.random.default_rng(rows).standard_normal((rows, shape[0])).astype(DTYPES[dtype])
+    scales = [np.asarray(ops.convert_to_numpy(scale)) for scale in scales_of(parts)]
+    found = computed(x, np.asarray(ops.convert_to_numpy(parts["codes"])), scales, layout, warps, dtype, "float32")
+    x = x.astype("float64")
+    # The bound that `product` documents.
+    unit = UNIT[dtype] if layout.kind == "table" else 0
+    bound = np.abs(x) @ np.abs(weight) * (unit + (shape[0] + 3) * 2.0**-24)
+    assert (np.abs(found - x @ weight) <= bound + UNIT["float32"] * np.abs(x @ weight)).all()
+
+
+def test_all_int8_codes_are_exact():
+    """Each of the 256 codes, in each place of a word."""
+    codes = np.random.default_rng(0).permuted(np.tile(np.arange(-128, 128, dtype="int8"), (128, 1)), axis=1).T
+    for dtype in ("bfloat16", "float16"):
+        x = np.eye(8, 256, k=3).astype(DTYPES[dtype])
+        found = computed(x, codes, [], Layout((256, 128)), Warps(64, 8, 4, programs=1), dtype, "float32")
+        np.testing.assert_array_equal(found, codes[3:11])
+
+
+def test_results_are_rounded_to_their_dtype():
+    codec, parts, weight = stored("nf4", 256, 128)
+    x = np.random.default_rng(0).standard_normal((2, 256)).astype(DTYPES["bfloat16"])
+    arguments = x, np.asarray(ops.convert_to_numpy(parts["codes"])), scales_of(parts), codec.layout((256, 128))
+    whole, rounded = (computed(*arguments, Warps(programs=1), "bfloat16", dtype) for dtype in ("float32", "bfloat16"))
+    np.testing.assert_array_equal(rounded, whole.astype(DTYPES["bfloat16"]).astype("float64"))
+
+
+@pytest.mark.parametrize("programs", [1, 6])
+def test_interpreted(programs):
+    """What surrounds the threads' parts: strips, parts of k, and sums of them."""
+    codec, parts, weight = stored("nf4", 1088, 256)
+    x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((3, 1088), dtype="float32"), "bfloat16")
+    warps = Warps(programs=programs)
+    arrays = parts["codes"], scales_of(parts), codec.layout((1088, 256))
+    found = few_rows.product(x, *arrays, warps, "bfloat16", "float32", interpret=interpreter())
+    np.testing.assert_allclose(numbers(found), numbers(x) @ weight, rtol=1e-4, atol=1e-3)
+
+
+def test_dispatch(monkeypatch):
+    """Few rows take this kernel on Hopper, and more rows another."""
+    codec, parts, weight = stored("nf4", 128, 128)
+    calls = []
+
+    def interpreted(*arguments):
+        calls.append(arguments[4])
+        return product(*arguments, interpret=interpreter())
+
+    product = few_rows.product
+    monkeypatch.setattr(few_rows, "product", interpreted)
+    monkeypatch.setattr(device, "has_triton", lambda: True)
+    monkeypatch.setattr(device, "has_wgmma", lambda: True)
+    for rows in (1, 16):
+        x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((rows, 128), dtype="float32"), "bfloat16")
+        found = codec.matmul(x, tensors(parts), (128, 128), "bfloat16")
+        np.testing.assert_allclose(numbers(found), numbers(x) @ weight, rtol=0.02, atol=0.5)
+    assert calls == [measured.SLABS["table"][0][1]] * 2
+
+
+def test_what_can_run():
+    plain = Layout((4096, 14336), (0.0,) * 16, 64)
+    assert few_rows.can_run(plain, "bfloat16") and few_rows.can_run(Layout((96, 128)), "float16")
+    assert not few_rows.can_run(dataclasses.replace(plain, largest_scale=1.0), "bfloat16")
+    assert not few_rows.can_run(plain, "float32")
+    assert not any(few_rows.can_run(Layout(shape), "bfloat16") for shape in [(100, 128), (128, 100)])
+    assert not few_rows.can_run(Layout((4096, 128), (0.0,) * 16, 32), "bfloat16")
+
+
+def test_measured_tiles_come_first_where_they_can_run():
+    for kind, tiles in measured.SLABS.items():
+        assert isinstance(measured.first_for(1, tiles), Warps) == (kind != "integers")
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4", "int8-weight-only"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("n", [256, 14336])
+def test_lowers_for_cuda(name, dtype, n):
+    import jax
+
+    codec, parts, _ = stored(name, 128, 256)
+    layout = dataclasses.replace(codec.layout((128, 256)), shape=(4096, n))
+    tile = measured.first_for(16, measured.SLABS[layout.kind])
+
+    def shaped(array):
+        rows = array.shape[0] * 32 if array.ndim == 2 else None
+        return jax.ShapeDtypeStruct((n,) if rows is None else (rows, n), array.dtype)
+
+    def products(codes, *scales):
+        return [few_rows.product(jax.numpy.ones((m, 4096), dtype), codes, scales, layout, tile, dtype) for m in (1, 9)]
+
+    arrays = map(shaped, (parts["codes"], *scales_of(parts)))
+    text = jax.jit(products).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2
