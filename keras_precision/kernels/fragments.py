@@ -27,18 +27,13 @@ def rows_of(dtype: str) -> int:
     return lanes.SWIZZLE // jnp.dtype(dtype).itemsize
 
 
-def decode(codes, scales, factors, half, first_column, block, layout: Layout, dtype: str, interpret: bool):
+def decode(codes, scales, half, layout: Layout, dtype: str, interpret: bool):
     """Returns the left operand: weights rounded to `dtype`, or int8 codes as they are.
 
     Args:
         codes: reference to a swizzled tile in shared memory, (byte rows, 128).
-        scales: reference to float32 (128,) in shared memory, or uint8 where
-            scales are double-quantized; None to leave them out.
-        factors: references to the other arrays of double quantization, in
-            global memory; see `layout.scales_at`.
+        scales: reference to float32 (128,) in shared memory; None to leave them out.
         half: int32 scalar, 0 or 1: which half of the columns.
-        first_column: int32 scalar, the weight's column that the tile's first is.
-        block: int32 scalar, of rows, that the scales are of.
         layout: what the codes mean.
         dtype: "float16", "bfloat16", or `lanes.INT8`.
         interpret: True for what runs in Pallas's interpreter.
@@ -47,27 +42,65 @@ def decode(codes, scales, factors, half, first_column, block, layout: Layout, dt
         Array (64, rows_of(dtype)).
     """
     if interpret:
-        return _decode_anywhere(codes, scales, factors, half, first_column, block, layout, dtype)
+        return _decode_anywhere(codes, scales, half, layout, dtype)
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     is_int8 = dtype == lanes.INT8
     operand = plgpu.Layout.WGMMA_8BIT if is_int8 else plgpu.Layout.WGMMA
     shape = (COLUMNS, rows_of(dtype))
 
-    def in_lanes(context, first_column, block, codes, *scales):
+    def in_lanes(context, codes, *scales):
         lane = lanes.Lane()
         if is_int8:
             registers = _bytes_as_they_are(codes, lane)
         else:
-            place = [lanes.scalar(first_column), lanes.scalar(block)]
-            registers = _decoded(codes, _scales(scales, *place, layout, lane), layout, dtype, lane)
+            pair = lane.pair(scales[0], lane.column) if scales else None
+            factors = [lanes.extract(pair, place) for place in range(2)] if scales else []
+            registers = _decoded(codes, factors, layout, dtype, lane)
         return lanes.array(registers, shape, operand.to_mgpu(), dtype)
 
-    scalar = plgpu.Layout.WG_SPLAT(())
-    references = [codes, *([] if scales is None else [scales]), *factors]
-    types = [scalar, scalar, plgpu.RefType(transforms("uint8")), *[plgpu.RefType()] * (len(references) - 1)]
+    references = [codes, *([] if scales is None else [scales])]
+    types = [plgpu.RefType(transforms("uint8")), *[plgpu.RefType()] * (len(references) - 1)]
     result = plgpu.ShapeDtypeStruct(shape, dtype, layout=operand)
-    return plgpu.inline_mgpu(arg_types=types, return_type=result)(in_lanes)(first_column, block, *references)
+    return plgpu.inline_mgpu(arg_types=types, return_type=result)(in_lanes)(*references)
+
+
+def expanded_scales(codes, factors, block, column, layout: Layout, interpret: bool):
+    """Returns the float32 scales (128,) that a block of rows of 128 columns has, of double-quantized ones.
+
+    Args:
+        codes: reference to uint8 (n_blocks, n) in global memory.
+        factors: references to the other arrays of double quantization; see
+            `layout.scales_at`.
+        block: int32 scalar, of rows; beyond the last, the last.
+        column: int32 scalar, the first of the columns.
+        layout: of the weight.
+        interpret: as in `decode`.
+    """
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+
+    block = jnp.minimum(block, layout.blocks - 1)
+    n_columns = 2 * COLUMNS
+    if interpret:
+        absmax, offset, table = (factor[...] for factor in factors)
+        groups = group_of_scale(block, column + jnp.arange(n_columns), layout)
+        product = table[codes[block, pl.ds(column, n_columns)].astype("int32")] * absmax[groups]
+        return expanded(product, offset[0], layout)
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    place = plgpu.Layout.WG_STRIDED((n_columns,), vec_size=1)  # a thread has a column
+
+    def in_lanes(context, block, column, codes, absmax, offset, table):
+        block, column = (lanes.scalar(number) for number in (block, column))
+        column = lanes.add(column, lanes.Lane().of_warpgroup)
+        scale = _expanded(codes, absmax, offset, table, block, column, layout)
+        return lanes.array([scale], (n_columns,), place.to_mgpu(), "float32")
+
+    scalar = plgpu.Layout.WG_SPLAT(())
+    types = [scalar, scalar, *[plgpu.RefType()] * (1 + len(factors))]
+    result = plgpu.ShapeDtypeStruct((n_columns,), "float32", layout=place)
+    return plgpu.inline_mgpu(arg_types=types, return_type=result)(in_lanes)(block, column, codes, *factors)
 
 
 def add_product(sums, operand, of_x, interpret: bool) -> None:
@@ -129,7 +162,7 @@ def transforms(dtype: str) -> tuple:
     return plgpu.TilingTransform((8, rows_of(dtype))), plgpu.SwizzleTransform(lanes.SWIZZLE)
 
 
-def _decode_anywhere(codes, scales, factors, half, first_column, block, layout, dtype):
+def _decode_anywhere(codes, scales, half, layout, dtype):
     """As `decode`, with the columns in their order."""
     import jax.numpy as jnp
     from jax.experimental import pallas as pl
@@ -140,14 +173,7 @@ def _decode_anywhere(codes, scales, factors, half, first_column, block, layout, 
         return packed.T
     values = code_values.values(packed, layout.values, interpret=True)
     values = jnp.stack(values, axis=1).reshape(-1, COLUMNS)
-    if scales is not None:
-        found = scales[columns]
-        if factors:
-            absmax, offset, table = (factor[...] for factor in factors)
-            groups = group_of_scale(block, first_column + half * COLUMNS + jnp.arange(COLUMNS), layout)
-            found = expanded(table[found.astype("int32")] * absmax[groups], offset[0], layout)
-        values = values * found[None]
-    return values.astype(dtype).T
+    return (values if scales is None else values * scales[columns][None]).astype(dtype).T
 
 
 def _write_anywhere(out, sums, half, column_scales, row_scales, n_rows, dtype):
@@ -165,30 +191,17 @@ def _write_anywhere(out, sums, half, column_scales, row_scales, n_rows, dtype):
             out[row, columns] = (found[row] * scale).astype(dtype)
 
 
-def _scales(arrays, first_column, block, layout, lane):
-    """Returns the float32 scales of a lane's two columns, none if there are no arrays."""
-    if not arrays:
-        return []
-    scales, *factors = arrays
-    if not factors:
-        pair = lane.pair(scales, lane.column)
-        return [lanes.extract(pair, place) for place in range(2)]
-    absmax, offset, table = factors
-    offset = lanes.load(offset, lanes.integer(0))
+def _expanded(codes, absmax, offset, table, block, column, layout):
+    """Returns the scale of a block and a column, as `layout.expanded` makes it."""
     largest = f"0f{np.float32(layout.largest_scale).view('uint32'):08x}"
     lines = [".reg .f32 above, below;", "mul.rn.f32 $0, $1, $2;"]
     lines += [f"sub.rn.f32 above, {largest}, $3;", "min.NaN.f32 $0, $0, above;"]
     lines += [f"neg.f32 below, {largest};", "sub.rn.f32 below, below, $3;", "max.NaN.f32 $0, $0, below;"]
     lines += ["add.rn.f32 $0, $0, $3;"]
-    found = []
-    for place in range(2):
-        column = lanes.add(lane.column, place)
-        group = lanes.shift_right(
-            lanes.add(lanes.times(lanes.add(first_column, column), layout.blocks), block), _LOG_OF_GROUP
-        )
-        code = lanes.load_byte(scales, column)
-        found += lanes.assembly(lines, [lanes.load(table, code), lanes.load(absmax, group), offset], 1)
-    return [lanes.as_float(scale) for scale in found]
+    code = lanes.load_byte(codes, lanes.add(lanes.times(block, layout.shape[1]), column))
+    group = lanes.shift_right(lanes.add(lanes.times(column, layout.blocks), block), _LOG_OF_GROUP)
+    inputs = [lanes.load(table, code), lanes.load(absmax, group), lanes.load(offset, lanes.integer(0))]
+    return lanes.assembly(lines, inputs, 1)[0]
 
 
 def _decoded(codes, factors, layout, dtype, lane):

@@ -25,6 +25,7 @@ class Lane:
 
         thread = arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x))
         self.warp = bits_and(shift_right(thread, 5), 7)  # of the two warpgroups of a pair
+        self.of_warpgroup = bits_and(thread, 127)
         self.lane = bits_and(thread, 31)
         self.t = bits_and(thread, 3)
         g = shift_right(self.lane, 2)

@@ -191,6 +191,13 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
 
         def fetch(step, _):
             slot, place = lax.rem(step, stages), first + step
+            block = lax.div(place * parts * rows, layout.block_size) if per_block else 0
+            column = column_program * _COLUMNS
+            # Read before there is room for them.
+            of_blocks = [
+                fragments.expanded_scales(scales_ref, factors, block + i, column, layout, interpreted)
+                for i in range(blocks if factors else 0)
+            ]
 
             @pl.when(step >= stages)
             def _():
@@ -200,8 +207,12 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
                 plgpu.copy_gmem_to_smem(source, target, full.at[slot], collective_axes=together)
 
             copy(codes_ref.at[pl.ds(place * parts * byte_rows, parts * byte_rows), columns], code_tiles.at[slot])
-            if per_block:
-                block = lax.div(place * parts * rows, layout.block_size)
+            if factors:
+                for i, scale in enumerate(of_blocks):
+                    scale_tiles[slot, i] = scale
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(full.at[slot])
+            elif per_block:
                 copy(scales_ref.at[pl.ds(block, blocks), columns], scale_tiles.at[slot])
             of_x = x_ref.at[rows_of_x, pl.ds(place * parts * rows, parts * rows)]
             copy(of_x, x_tiles.at[slot], "cluster" if cluster > 1 else None)
@@ -219,14 +230,9 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
 
         def decoded(step, place):
             slot = lax.rem(step, stages)
-            scale, block = None, 0
-            if per_block:
-                scale = scale_tiles.at[slot, place * blocks // parts]
-                block = lax.div(((first + step) * parts + place) * rows, layout.block_size)
-                block = lax.min(block, layout.blocks - 1)
             tile = code_tiles.at[slot, pl.ds(place * byte_rows, byte_rows)]
-            column = column_program * _COLUMNS
-            return fragments.decode(tile, scale, factors, half, column, block, layout, dtype, interpreted)
+            scale = scale_tiles.at[slot, place * blocks // parts] if per_block else None
+            return fragments.decode(tile, scale, half, layout, dtype, interpreted)
 
         def multiply(own, sums):
             own_places = range(own, parts, pairs)
@@ -310,7 +316,7 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
             ),
             "full": plgpu.Barrier(num_arrivals=3 if per_block else 2, num_barriers=stages),
             "empty": empty(num_arrivals=2 * pairs, num_barriers=stages),
-            **({"scale_tiles": plgpu.SMEM((stages, blocks, _COLUMNS), scales[0].dtype)} if per_block else {}),
+            **({"scale_tiles": plgpu.SMEM((stages, blocks, _COLUMNS), "float32")} if per_block else {}),
             **({"others_sums": plgpu.SMEM((2, fragments.COLUMNS, batch), total_dtype)} if pairs > 1 else {}),
             **({"all_sums": plgpu.SMEM((2 * pairs, fragments.COLUMNS, batch), total_dtype)} if interpreted else {}),
             **({"complete": plgpu.Barrier(num_arrivals=2)} if pairs > 1 else {}),
