@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -134,7 +133,8 @@ def integer_products(x, codes) -> Callable:
     fits = layout.shape[0] <= reference.ROWS_PER_SUM
     slab = _slab("integers", layout, rows, keras.backend.standardize_dtype(codes.dtype))
     if fits and slab is not None:
-        return functools.partial(warpgroup.integer_product, slab=slab)
+        by_tile = _module(slab).integer_product
+        return lambda *arguments: by_tile(*arguments, slab)
     tile = measured.PLANS[layout.kind].product(rows)
     if tile is None:
         is_large = rows >= measured.ROWS_OF_INTEGER_PARTS

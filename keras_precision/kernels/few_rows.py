@@ -64,6 +64,29 @@ def product(
     return jitted(_product, tuple(static))(x, codes, tuple(scales), **static)
 
 
+def integer_product(x_codes, x_scale, codes, scale, dtype: str, warps: Warps, interpret: Any = None):
+    """Returns x_scale * scale * (x_codes times codes), added up in int32.
+
+    Where several programs share k, as for few columns, their sums are rounded
+    to float32 and added up, which is exact up to 2**24, and beyond to
+    (parts + 1) 2**-24 of the sum of magnitudes.
+
+    Args:
+        x_codes: int8 (m, k), of at most 16 rows.
+        x_scale: float32 (m, 1).
+        codes: int8 (k, n).
+        scale: float32 (n,).
+        dtype: float dtype of the result.
+        warps: what a program works on.
+        interpret: as in `product`.
+
+    Returns:
+        Tensor (m, n).
+    """
+    static = {"layout": Layout(tuple(codes.shape)), "warps": warps, "result": dtype, "interpret": interpret}
+    return jitted(_product, tuple(static))(x_codes, codes, (scale, x_scale[:, 0]), **static)
+
+
 def _product(x, codes, scales, *, layout, warps, result, interpret):
     n, m = layout.shape[1], x.shape[0]
     steps = layout.byte_rows // BYTE_ROWS
@@ -72,7 +95,8 @@ def _product(x, codes, scales, *, layout, warps, result, interpret):
         return _run(x, codes, scales, layout, warps, result, interpret, 1, steps)[0]
     of_blocks = scales if layout.block_size is not None else ()
     sums = _run(x, codes, of_blocks, layout, warps, "float32", interpret, splits, steps_each * warps.sharing)
-    return added(sums, (m, n), scales, layout, result)
+    found = added(sums, (m, n), scales, layout, "float32")
+    return (found * scales[1][:, None] if len(scales) > 1 else found).astype(result)
 
 
 def _run(x, codes, scales, layout, warps, result, interpret, splits, steps):
@@ -127,4 +151,6 @@ def _multiply_anywhere(x, codes, *references, layout, warps, steps):
     found = jnp.dot(jnp.where(is_own, x[...].astype("float32"), 0), values, precision="highest")
     if scales and layout.block_size is None:
         found *= scales[0][columns][None]
+    if len(scales) > 1:
+        found *= scales[1][...][:, None]
     out[part, :, columns] = found.astype(out.dtype)

@@ -82,14 +82,13 @@ SLABS = {
     "whole": _CODEBOOK,
     "table": _CODEBOOK,
     "bytes": (
-        (16, Warps(64, 8, 8)),
+        (16, Warps(64, 8, 8, programs=264)),
         (64, Slab(64, 2, 5)),
         (128, Slab(128, 2, 4)),
         (math.inf, Slab(256, 1, 4, cluster=2)),
     ),
     "integers": (
-        (8, Slab(8, 2, 6, pairs=2)),
-        (16, Slab(16, 1, 8)),
+        (16, Warps(64, 8, 8, programs=264)),
         (64, Slab(64, 1, 6)),
         (128, Slab(128, 1, 5)),
         (math.inf, Slab(256, 1, 4, cluster=2)),

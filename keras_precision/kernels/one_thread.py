@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from keras_precision.kernels import lanes
 from keras_precision.kernels.layout import Layout
 
 BYTE_ROWS = 32
@@ -18,7 +19,7 @@ BYTE_ROWS = 32
 _LANES = 32
 _EIGHT = 8  # rows of x that one instruction multiplies, and threads that read a row of bytes side by side
 _BYTES_OF_ENTRY = 256  # so that one instruction makes an address of a code and a lane's place; half of it is unused
-DTYPES = ("float16", "bfloat16")
+DTYPES = ("float16", "bfloat16", lanes.INT8)
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,18 @@ def multiply(
         shared: reference to words of shared memory, as many as `shared_words`.
         x: reference to (m, k) of `dtype`.
         codes: reference to the codes.
-        *references: to float32 scales, if there are any, and to the result
-            (parts, m, n).
+        *references: to float32 scales, if there are any, of blocks or of
+            columns, to the latter's those of rows of x, if there are any, and
+            to the result (parts, m, n).
         layout: of the weight.
         warps: what the program works on.
-        dtype: "float16" or "bfloat16".
+        dtype: "float16", "bfloat16" or `lanes.INT8`.
         m: rows of x.
         result: dtype of the result.
         steps: of a part, `BYTE_ROWS` rows of bytes each.
     """
     *scales, out = references
-    threads = _Places(t, strip, part, layout, warps, m, steps)
+    threads = _Places(t, strip, part, layout, warps, m, steps, 1 if dtype == lanes.INT8 else 2)
     per_block = bool(scales) and layout.block_size is not None
     read = functools.partial(_read, t, threads, x, codes, scales[0] if per_block else None)
     places = [(place, half) for place in range(warps.ahead) for half in range(2)]
@@ -105,10 +107,10 @@ def multiply(
             held[i] = following
         return [*sums, *_flat(held)]
 
-    pairs = _pairs_to_write(t, threads, n_sums, scales[0] if scales and not per_block else None)
+    pairs = _pairs_to_write(t, threads, n_sums, [] if per_block else scales)
     zeros = [t.number(0.0)] * n_sums
     sums = t.loop(threads.rounds, step, [*zeros, *_flat(first)])[:n_sums]
-    _write(t, shared, out, sums, pairs, threads, result)
+    _write(t, shared, out, sums, pairs, threads, dtype, result)
 
 
 class _Half(NamedTuple):
@@ -126,7 +128,7 @@ def _flat(halves):
 class _Places:
     """Where a thread's numbers are, of which most are the same in each round."""
 
-    def __init__(self, t, strip, part, layout, warps, m, steps):
+    def __init__(self, t, strip, part, layout, warps, m, steps, x_bytes):
         (k, self.n), self.layout, self.warps, self.m = layout.shape, layout, warps, m
         self.row_groups = -(-m // _EIGHT)
         self.pairs = warps.width // 2  # of columns that a thread has
@@ -144,25 +146,27 @@ class _Places:
         # Each quarter of a warp has 4 rows of bytes that follow each other.
         byte_row = t.add(t.times(self.step, BYTE_ROWS), t.times(self.quarter, 4))
         self.code = t.add(t.times(byte_row, self.n), self.column)
-        self.row_bytes = 2 * k
-        self.of_x = t.add(t.times(self.g, self.row_bytes), t.times(byte_row, 2 * layout.codes_per_byte))
+        # Words of x that a thread multiplies with 4 rows of bytes, and its bytes for each of them.
+        self.words_of_x = x_bytes * layout.codes_per_byte
+        self.row_bytes = x_bytes * k
+        self.of_x = t.add(t.times(self.g, self.row_bytes), t.times(byte_row, self.words_of_x))
 
 
 def _read(t, threads, x, codes, scales, turn, place, half):
     """Returns what a thread needs of a half of a step, zeros beyond the last."""
-    warps, layout, n, per_byte = threads.warps, threads.layout, threads.n, threads.layout.codes_per_byte
+    warps, layout, n, words_of_x = threads.warps, threads.layout, threads.n, threads.words_of_x
     steps_on = t.times(turn, warps.ahead * warps.sharing)
     byte_rows = place * warps.sharing * BYTE_ROWS + half * BYTE_ROWS // 2  # further
     step = t.add(t.add(threads.step, steps_on), place * warps.sharing)
     exists = t.is_less(step, threads.end)
     at = t.add(threads.code, t.times(steps_on, BYTE_ROWS * n))
     words = [word for j in range(4) for word in t.load(codes, at, (byte_rows + j) * n, warps.width // 4, exists)]
-    at = t.add(threads.of_x, t.times(steps_on, 2 * threads.rows))
+    at = t.add(threads.of_x, t.times(steps_on, BYTE_ROWS * words_of_x))
     of_x, of_blocks = [], []
     for group in range(threads.row_groups):
         is_row = t.is_less(t.add(threads.g, _EIGHT * group), threads.m)
-        offset = group * _EIGHT * threads.row_bytes + 2 * per_byte * byte_rows
-        of_x += t.load(x, at, offset, 2 * per_byte, t.bits_and(exists, is_row), keeps=True)
+        offset = group * _EIGHT * threads.row_bytes + words_of_x * byte_rows
+        of_x += t.load(x, at, offset, words_of_x, t.bits_and(exists, is_row), keeps=True)
     if scales is not None and half == 1:
         block = t.quotient(step, layout.block_size // threads.rows)
         at = t.times(t.add(t.times(block, n), threads.column), 4)
@@ -172,17 +176,16 @@ def _read(t, threads, x, codes, scales, turn, place, half):
 
 def _added(t, sums, half, scales, threads, layout, dtype, table):
     """Returns sums, for each group of rows of x 4 for each pair of columns, and what a half of a step adds."""
-    found, per_byte = [], layout.codes_per_byte
-    operands = [
-        _operands(t, half.words, pair, threads.warps.width, layout, dtype, table) for pair in range(threads.pairs)
-    ]
+    found, width = [], threads.warps.width
+    operands = [_operands(t, half.words, pair, width, layout, dtype, table) for pair in range(threads.pairs)]
+    each = threads.words_of_x // len(operands[0])
     for group in range(threads.row_groups):
-        of_x = half.of_x[2 * per_byte * group : 2 * per_byte * (group + 1)]
+        of_x = half.of_x[threads.words_of_x * group :]
         for pair in range(threads.pairs):
             own = sums[len(found) : len(found) + 4]
             total = [t.number(0.0)] * 4 if scales else own
             for place, operand in enumerate(operands[pair]):
-                total = t.matrix_product(total, operand, of_x[2 * place : 2 * place + 2], dtype)
+                total = t.matrix_product(total, operand, of_x[each * place : each * (place + 1)], dtype)
             if scales:
                 of_columns = [scales[2 * pair + i // 2] for i in range(4)]
                 total = map(t.multiplied_and_added, total, of_columns, own)
@@ -191,16 +194,16 @@ def _added(t, sums, half, scales, threads, layout, dtype, table):
 
 
 class _Pair(NamedTuple):
-    """Two columns of a row of x whose sums a thread adds up: which of a warp's sums, where they belong, and scales."""
+    """Two columns of a row of x whose sums a thread adds up: which of a warp's sums, where they belong, what scales them."""
 
     register: Any
     row: Any
     column: Any
     exists: Any
-    scales: list
+    factors: list
 
 
-def _pairs_to_write(t, threads, n_sums, column_scales):
+def _pairs_to_write(t, threads, n_sums, scales):
     """Returns what of the result a thread will write; scales are read now, when there is time."""
     found, units, sharing = [], n_sums // 2, threads.warps.sharing
     for first in range(0, units, sharing):
@@ -210,13 +213,14 @@ def _pairs_to_write(t, threads, n_sums, column_scales):
         which, odd = t.shift_right(unit, 1), t.bits_and(unit, 1)
         row = t.add(t.add(t.times(t.quotient(which, threads.pairs), _EIGHT), t.times(threads.quarter, 2)), odd)
         column = t.add(threads.column, t.times(t.remainder(which, threads.pairs), 2))
-        scales = [] if column_scales is None else t.load(column_scales, t.times(column, 4), 0, 2)
         exists = t.bits_and(exists, t.is_less(row, threads.m))
-        found.append(_Pair(t.add(t.times(which, 4), odd), row, column, exists, scales))
+        factors = [t.load(array, t.times(column, 4), 0, 2) for array in scales[:1]]
+        factors += [t.load(array, t.times(row, 4), 0, 1, exists) * 2 for array in scales[1:]]
+        found.append(_Pair(t.add(t.times(which, 4), odd), row, column, exists, factors))
     return found
 
 
-def _write(t, shared, out, sums, pairs, threads, result):
+def _write(t, shared, out, sums, pairs, threads, dtype, result):
     """Adds up what warps have of the same columns, and stores it."""
     word_bytes = 4 * _LANES
     of_lane = t.times(threads.lane, 4)
@@ -232,9 +236,12 @@ def _write(t, shared, out, sums, pairs, threads, result):
         for column in range(2):
             places = range(2 * column, threads.warps.sharing * len(sums), len(sums))
             parts = [t.load_shared(shared, offset, place * word_bytes) for place in places]
-            numbers.append(functools.reduce(t.added, parts))
-        if pair.scales:
-            numbers = list(map(t.multiplied, numbers, pair.scales))
+            if dtype == lanes.INT8:
+                numbers.append(t.number_of(functools.reduce(t.add, parts)))
+            else:
+                numbers.append(functools.reduce(t.added, parts))
+        for factors in pair.factors:
+            numbers = list(map(t.multiplied, numbers, factors))
         row = t.add(pair.row, t.times(threads.part, threads.m))
         size = 4 if result == "float32" else 2
         t.store_pair(out, t.times(t.add(t.times(row, threads.n), pair.column), size), numbers, pair.exists, result)
@@ -249,11 +256,10 @@ def _operands(t, words, pair, width, layout, dtype, table):
         # Bytes of two rows side by side, of both columns.
         (a, b), (c, d) = bytes_of_pair, [4 + byte for byte in bytes_of_pair]
         selector = a | c << 4 | b << 8 | d << 12
-        found = []
-        for first in (0, 2):
-            both = t.permute(rows[first], rows[first + 1], selector)
-            found += [_of_bytes(t, both, place, dtype) for place in (0, 2)]
-        return [found]
+        both = [t.permute(rows[first], rows[first + 1], selector) for first in (0, 2)]
+        if dtype == lanes.INT8:
+            return [[t.permute(*both, chosen) for chosen in (0x5410, 0x7632)]]
+        return [[_of_bytes(t, of_rows, place, dtype) for of_rows in both for place in (0, 2)]]
     values = [[_of_nibbles(t, word, byte, table) for byte in bytes_of_pair] for word in rows]
     return [[*values[0], *values[1]], [*values[2], *values[3]]]
 

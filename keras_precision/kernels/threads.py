@@ -65,7 +65,7 @@ class Thread:
         """
         kind = "ld.global.nc" + ("" if keeps else ".L1::no_allocate.L2::256B") + {1: "", 2: ".v2", 4: ".v4"}[words]
         targets = ", ".join(f"${place}" for place in range(words))
-        line = f"{kind}.b32 {{{targets}}}, [${words} + {constant}];"
+        line = f"{kind}.b32 {f'{{{targets}}}' if words > 1 else targets}, [${words} + {constant}];"
         inputs = [lanes.pointer(reference, offset)]
         if exists is None:
             lines = [line]
@@ -130,15 +130,21 @@ class Thread:
     def matrix_product(self, sums: list, a: list, b: list, dtype: str) -> list:
         """Returns sums (16, 8) + a (16, 16) times b (16, 8), which a warp's threads hold together.
 
-        The thread 4 g + t has the pairs 2 t, 2 t + 1 of row g and of row g + 8
-        of a, and those 8 columns further of both; the same pairs of column g
-        of b; and sums 2 t, 2 t + 1 of row g and of row g + 8 (PTX ISA,
-        "Matrix Fragments for mma.m16n8k16 with floating point type").
+        Of floats the thread 4 g + t has the pairs 2 t, 2 t + 1 of row g and of
+        row g + 8 of a, and those 8 columns further of both, and the same pairs
+        of column g of b; of int8 numbers, 4 t to 4 t + 3 of these rows and of
+        this column. It has sums 2 t, 2 t + 1 of row g and of row g + 8, float32
+        or int32 (PTX ISA, "Matrix Fragments for mma.m16n8k16").
         """
-        kind = {"float16": "f16", "bfloat16": "bf16"}[dtype]
-        line = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        line += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        kinds = {"float16": "f32.f16.f16.f32", "bfloat16": "f32.bf16.bf16.f32", lanes.INT8: "s32.s8.s8.s32"}
+        places = iter(range(4 + len(a) + len(b) + len(sums)))
+        groups = (f"{{{', '.join(f'${next(places)}' for _ in group)}}}" for group in (sums, a, b, sums))
+        line = f"mma.sync.aligned.m16n8k16.row.col.{kinds[dtype]} {', '.join(groups)};"
         return list(lanes.assembly([line], [*a, *b, *sums], 4))
+
+    def number_of(self, integer):
+        """Returns an int32 number as float32."""
+        return lanes.assembly(["cvt.rn.f32.s32 $0, $1;"], [integer], 1)[0]
 
     def load_shared(self, reference, offset, constant: int = 0):
         """Returns a word of shared memory."""

@@ -10,7 +10,7 @@ from keras import ops
 from interpreting import interpreter
 from stored_weights import UNIT, numbers, scales_of, stored, tensors
 
-from keras_precision.kernels import device, few_rows, measured, one_thread
+from keras_precision.kernels import device, few_rows, measured, one_thread, reference
 from keras_precision.kernels.layout import Layout
 from keras_precision.kernels.one_thread import Warps
 
@@ -106,20 +106,26 @@ class Threads:
         warps = len(self.index) // 32
         g, t = np.divmod(np.arange(32), 4)
         left, right = np.zeros((warps, 16, 16)), np.zeros((warps, 16, 8))
-        for i, register in enumerate(a):
-            pair = halves(register, dtype).reshape(warps, 32, 2)
-            for j in range(2):
-                left[:, g + 8 * (i % 2), 2 * t + j + 8 * (i // 2)] = pair[:, :, j]
-        for i, register in enumerate(b):
-            pair = halves(register, dtype).reshape(warps, 32, 2)
-            for j in range(2):
-                right[:, 2 * t + j + 8 * i, g] = pair[:, :, j]
+        in_word = 4 if dtype == "int8" else 2
+        assert (len(a), len(b)) == ((2, 1) if dtype == "int8" else (4, 2))
+
+        def parts(register):
+            found = register.view("int8") if dtype == "int8" else halves(register, dtype)
+            return found.reshape(warps, 32, in_word)
+
+        for j in range(in_word):
+            for i, register in enumerate(a):
+                left[:, g + 8 * (i % 2), in_word * t + j + 8 * (i // 2)] = parts(register)[:, :, j]
+            for i, register in enumerate(b):
+                right[:, in_word * t + j + 8 * i, g] = parts(register)[:, :, j]
         product = left @ right
-        places = [(g + 8 * (i // 2), 2 * t + i % 2) for i in range(4)]
-        return [
-            words(floats(own) + product[:, row, column].ravel())
-            for own, (row, column) in zip(sums, places, strict=True)
-        ]
+        found = [product[:, g + 8 * (i // 2), 2 * t + i % 2].ravel() for i in range(4)]
+        if dtype == "int8":
+            return [own + added.astype("int64").astype("uint32") for own, added in zip(sums, found, strict=True)]
+        return [words(floats(own) + added) for own, added in zip(sums, found, strict=True)]
+
+    def number_of(self, integer):
+        return words(integer.view("int32"))
 
     def load_shared(self, reference, offset, constant=0):
         place = (offset + constant) // 4
@@ -212,6 +218,31 @@ def test_all_int8_codes_are_exact():
         np.testing.assert_array_equal(found, codes[3:11])
 
 
+@pytest.mark.parametrize("programs", [1, 4])
+def test_integer_products_are_exact(programs):
+    draw = np.random.default_rng(0)
+    x, codes = (draw.integers(-127, 128, shape).astype("int8") for shape in [(9, 1056), (1056, 128)])
+    scales = [draw.uniform(0.5, 2, size).astype("float32") for size in (128, 9)]
+    layout = Layout(codes.shape)
+    assert few_rows.can_run(layout, "int8")
+    found = computed(x, codes, scales, layout, Warps(64, 8, 8, programs=programs), "int8", "float32")
+    exact = (
+        (x.astype(int) @ codes.astype(int)).astype("float64") * scales[0] * (1 if programs > 1 else scales[1][:, None])
+    )
+    np.testing.assert_allclose(found, exact, rtol=3e-7)
+
+
+def test_interpreted_integer_products():
+    _, parts, _ = stored("int8", 416, 256)
+    draw = np.random.default_rng(0)
+    x, x_scale = draw.integers(-127, 128, (9, 416)).astype("int8"), draw.uniform(0.5, 2, (9, 1)).astype("float32")
+    arguments = *map(ops.convert_to_tensor, (x, x_scale)), *map(tensors(parts).get, ("codes", "scale")), "float32"
+    for programs in (1, 8):
+        warps = Warps(64, 8, 8, programs=programs)
+        found = few_rows.integer_product(*arguments, warps, interpret=interpreter())
+        np.testing.assert_allclose(numbers(found), numbers(reference.scaled_products(*arguments)), rtol=1e-6)
+
+
 def test_results_are_rounded_to_their_dtype():
     codec, parts, weight = stored("nf4", 256, 128)
     x = np.random.default_rng(0).standard_normal((2, 256)).astype(DTYPES["bfloat16"])
@@ -261,11 +292,11 @@ def test_what_can_run():
 
 
 def test_measured_tiles_come_first_where_they_can_run():
-    for kind, tiles in measured.SLABS.items():
-        assert isinstance(measured.first_for(1, tiles), Warps) == (kind != "integers")
+    for tiles in measured.SLABS.values():
+        assert isinstance(measured.first_for(16, tiles), Warps)
 
 
-@pytest.mark.parametrize("name", ["nf4", "int4", "int8-weight-only"])
+@pytest.mark.parametrize("name", ["nf4", "int4", "int8-weight-only", "int8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("n", [256, 14336])
 def test_lowers_for_cuda(name, dtype, n):
@@ -280,6 +311,9 @@ def test_lowers_for_cuda(name, dtype, n):
         return jax.ShapeDtypeStruct((n,) if rows is None else (rows, n), array.dtype)
 
     def products(codes, *scales):
+        if name == "int8":
+            ones = [(jax.numpy.ones((m, 4096), "int8"), jax.numpy.ones((m, 1))) for m in (1, 9)]
+            return [few_rows.integer_product(*of_x, codes, *scales, dtype, tile) for of_x in ones]
         return [few_rows.product(jax.numpy.ones((m, 4096), dtype), codes, scales, layout, tile, dtype) for m in (1, 9)]
 
     arrays = map(shaped, (parts["codes"], *scales_of(parts)))
