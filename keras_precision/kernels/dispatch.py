@@ -80,9 +80,8 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
 
 def _tile(layout, rows, dtype):
     """Returns what to multiply so many rows by, None if the weight is to be decoded."""
-    # Lanes wait for double-quantized scales, which a kernel for one row finds in time (H100: 21.0 us, 28.8 with slabs).
-    is_strip = rows == 1 and layout.largest_scale is not None
-    slab = None if is_strip else _slab(layout.kind, layout, rows, dtype)
+    kind = layout.kind if layout.largest_scale is None else "double-quantized"
+    slab = _slab(kind, layout, rows, dtype)
     if slab is not None:
         return slab
     return measured.PLANS[layout.kind].product(rows) if dtype != "float32" or rows == 1 else None

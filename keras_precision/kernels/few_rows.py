@@ -12,7 +12,7 @@ from typing import Any
 from keras_precision.kernels import codes as code_values
 from keras_precision.kernels import lanes
 from keras_precision.kernels.compiled import jitted
-from keras_precision.kernels.layout import Layout, vectors
+from keras_precision.kernels.layout import Layout, scales_at, vectors
 from keras_precision.kernels.one_thread import BYTE_ROWS, DTYPES, Warps, multiply, shared_words
 from keras_precision.kernels.partial_sums import added, split
 from keras_precision.kernels.threads import Thread
@@ -23,8 +23,7 @@ def can_run(layout: Layout, dtype: str) -> bool:
     k, n = layout.shape
     rows = BYTE_ROWS * layout.codes_per_byte
     has_blocks = layout.block_size is None or layout.block_size % rows == 0
-    is_plain = layout.largest_scale is None
-    return dtype in DTYPES and is_plain and has_blocks and k % rows == 0 and n % Warps().columns == 0
+    return dtype in DTYPES and has_blocks and k % rows == 0 and n % Warps().columns == 0
 
 
 def product(
@@ -50,7 +49,7 @@ def product(
         x: tensor (m, k) of `dtype`; all of its rows are worked on at once,
             so that there should be 16 at most.
         codes: uint8 (k / 2, n), or int8 (k, n).
-        scales: float32 (k / block size, n), or (n,), or none for ones.
+        scales: see `layout.scales_at`, or float32 (n,), or none for ones.
         layout: what the arrays mean; see `can_run`.
         warps: what a program works on.
         dtype: "float16" or "bfloat16".
@@ -96,7 +95,7 @@ def _product(x, codes, scales, *, layout, warps, result, interpret):
     of_blocks = scales if layout.block_size is not None else ()
     sums = _run(x, codes, of_blocks, layout, warps, "float32", interpret, splits, steps_each * warps.sharing)
     found = added(sums, (m, n), scales, layout, "float32")
-    return (found * scales[1][:, None] if len(scales) > 1 else found).astype(result)
+    return (found * scales[1][:, None] if len(scales) == 2 else found).astype(result)
 
 
 def _run(x, codes, scales, layout, warps, result, interpret, splits, steps):
@@ -145,12 +144,14 @@ def _multiply_anywhere(x, codes, *references, layout, warps, steps):
     values = code_values.values(codes[:, columns], layout.values, interpret=True)
     values = jnp.stack(values, axis=1).reshape(layout.shape[0], -1)
     if scales and layout.block_size is not None:
-        values *= jnp.repeat(scales[0][:, columns], layout.block_size, axis=0)[: len(values)]
+        blocks, places = jnp.arange(layout.blocks)[:, None], strip * warps.columns + jnp.arange(warps.columns)[None]
+        factors = scales_at([array[...] for array in scales], blocks, places, layout)
+        values *= jnp.repeat(factors, layout.block_size, axis=0)[: len(values)]
     rows = steps * BYTE_ROWS * layout.codes_per_byte
     is_own = jnp.arange(layout.shape[0]) // rows == part
     found = jnp.dot(jnp.where(is_own, x[...].astype("float32"), 0), values, precision="highest")
     if scales and layout.block_size is None:
         found *= scales[0][columns][None]
-    if len(scales) > 1:
+    if len(scales) == 2:
         found *= scales[1][...][:, None]
     out[part, :, columns] = found.astype(out.dtype)

@@ -7,17 +7,14 @@ warp's 16, as they lie side by side in memory: `ldmatrix` brings a lane its code
 
 from __future__ import annotations
 
-import numpy as np
-
 from keras_precision.kernels import codes as code_values
 from keras_precision.kernels import lanes
-from keras_precision.kernels.layout import SCALES_PER_BLOCK, Layout, expanded, group_of_scale
+from keras_precision.kernels.layout import LOG_OF_GROUP, Layout, expanded, group_of_scale
 
 COLUMNS = 64
 """Columns of the weight that a warpgroup works on."""
 _EVERY_LANE = "0xffffffff"
 _WITHIN_16_LANES = "0x101f"
-_LOG_OF_GROUP = SCALES_PER_BLOCK.bit_length() - 1
 
 
 def rows_of(dtype: str) -> int:
@@ -94,7 +91,10 @@ def expanded_scales(codes, factors, block, column, layout: Layout, interpret: bo
     def in_lanes(context, block, column, codes, absmax, offset, table):
         block, column = (lanes.scalar(number) for number in (block, column))
         column = lanes.add(column, lanes.Lane().of_warpgroup)
-        scale = _expanded(codes, absmax, offset, table, block, column, layout)
+        code = lanes.load_byte(codes, lanes.add(lanes.times(block, layout.shape[1]), column))
+        group = lanes.shift_right(lanes.add(lanes.times(column, layout.blocks), block), LOG_OF_GROUP)
+        numbers = lanes.load(table, code), lanes.load(absmax, group), lanes.load(offset, lanes.integer(0))
+        scale = lanes.expanded_scale(*numbers, layout.largest_scale)
         return lanes.array([scale], (n_columns,), place.to_mgpu(), "float32")
 
     scalar = plgpu.Layout.WG_SPLAT(())
@@ -189,19 +189,6 @@ def _write_anywhere(out, sums, half, column_scales, row_scales, n_rows, dtype):
         def _(row=row):
             scale = 1 if row_scales is None else row_scales[row]
             out[row, columns] = (found[row] * scale).astype(dtype)
-
-
-def _expanded(codes, absmax, offset, table, block, column, layout):
-    """Returns the scale of a block and a column, as `layout.expanded` makes it."""
-    largest = f"0f{np.float32(layout.largest_scale).view('uint32'):08x}"
-    lines = [".reg .f32 above, below;", "mul.rn.f32 $0, $1, $2;"]
-    lines += [f"sub.rn.f32 above, {largest}, $3;", "min.NaN.f32 $0, $0, above;"]
-    lines += [f"neg.f32 below, {largest};", "sub.rn.f32 below, below, $3;", "max.NaN.f32 $0, $0, below;"]
-    lines += ["add.rn.f32 $0, $0, $3;"]
-    code = lanes.load_byte(codes, lanes.add(lanes.times(block, layout.shape[1]), column))
-    group = lanes.shift_right(lanes.add(lanes.times(column, layout.blocks), block), _LOG_OF_GROUP)
-    inputs = [lanes.load(table, code), lanes.load(absmax, group), lanes.load(offset, lanes.integer(0))]
-    return lanes.assembly(lines, inputs, 1)[0]
 
 
 def _decoded(codes, factors, layout, dtype, lane):

@@ -134,6 +134,16 @@ def store_pair(numbers, pointer, row, n_rows, dtype):
     assembly([text], [pointer, *numbers, row, n_rows], 0, has_side_effects=True)
 
 
+def expanded_scale(value, factor, offset, largest: float):
+    """Returns the float32 scale of a double-quantized one, an int32 with its bits, as `layout.expanded` makes it."""
+    bits = f"0f{np.float32(largest).view('uint32'):08x}"
+    lines = [".reg .f32 above, below;", "mul.rn.f32 $0, $1, $2;"]
+    lines += [f"sub.rn.f32 above, {bits}, $3;", "min.NaN.f32 $0, $0, above;"]
+    lines += [f"neg.f32 below, {bits};", "sub.rn.f32 below, below, $3;", "max.NaN.f32 $0, $0, below;"]
+    lines += ["add.rn.f32 $0, $0, $3;"]
+    return assembly(lines, [value, factor, offset], 1)[0]
+
+
 def load(reference, place):
     """Returns a float32 number of global memory."""
     from jaxlib.mlir import ir

@@ -9,6 +9,8 @@ from keras_precision.kernels import codes as code_values
 
 SCALES_PER_BLOCK = 256
 """Double-quantized scales that share a factor, in the order of the transposed matrix."""
+LOG_OF_GROUP = SCALES_PER_BLOCK.bit_length() - 1
+"""By how many bits a scale's number is shifted to give that of its factor."""
 
 
 @dataclass(frozen=True)

@@ -69,18 +69,16 @@ PLANS = {
     ),
 }
 
-_CODEBOOK = (
-    (16, Warps()),
-    (8, Slab(8, 8, 3, pairs=2)),
-    (16, Slab(16, 8, 3, pairs=2)),
+_CODEBOOK_FROM_17_ROWS = (
     (32, Slab(32, 4, 5, pairs=2)),
     (64, Slab(64, 4, 3, pairs=2)),
     (128, Slab(128, 2, 5)),
     (2048, Slab(256, 2, 3, cluster=2)),
 )
 SLABS = {
-    "whole": _CODEBOOK,
-    "table": _CODEBOOK,
+    "whole": ((16, Warps()), *_CODEBOOK_FROM_17_ROWS),
+    "table": ((16, Warps()), *_CODEBOOK_FROM_17_ROWS),
+    "double-quantized": ((8, Warps()), (16, Slab(16, 8, 3, pairs=2)), *_CODEBOOK_FROM_17_ROWS),
     "bytes": (
         (16, Warps(64, 8, 8, programs=264)),
         (64, Slab(64, 2, 5)),

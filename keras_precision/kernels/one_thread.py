@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from keras_precision.kernels import lanes
-from keras_precision.kernels.layout import Layout
+from keras_precision.kernels.layout import LOG_OF_GROUP, Layout
 
 BYTE_ROWS = 32
 """Rows of bytes that a warp works on between scales."""
 _LANES = 32
 _EIGHT = 8  # rows of x that one instruction multiplies, and threads that read a row of bytes side by side
-_BYTES_OF_ENTRY = 256  # so that one instruction makes an address of a code and a lane's place; half of it is unused
+_BYTES_OF_ENTRY = 256  # of two tables, so that one instruction makes an address of a code and a lane's place
+_OF_SCALES = 1  # which of the tables
 DTYPES = ("float16", "bfloat16", lanes.INT8)
 
 
@@ -48,10 +49,14 @@ class Warps:
         return self.warps * _EIGHT * self.width // self.columns
 
 
+def _has_tables(layout):
+    return layout.values is not None or layout.largest_scale is not None
+
+
 def shared_words(layout, warps, m):
     """Returns the words of shared memory: the table, in whose place sums are later."""
     sums = warps.warps * _LANES * warps.width * 2 * -(-m // _EIGHT)
-    return max(sums, 256 * _BYTES_OF_ENTRY // 4 if layout.values else 0)
+    return max(sums, 256 * _BYTES_OF_ENTRY // 4 if _has_tables(layout) else 0)
 
 
 def multiply(
@@ -78,8 +83,8 @@ def multiply(
         shared: reference to words of shared memory, as many as `shared_words`.
         x: reference to (m, k) of `dtype`.
         codes: reference to the codes.
-        *references: to float32 scales, if there are any, of blocks or of
-            columns, to the latter's those of rows of x, if there are any, and
+        *references: to scales, if there are any, as `layout.scales_at` takes
+            them or float32 ones of columns, to the latter's those of rows of x, if there are any, and
             to the result (parts, m, n).
         layout: of the weight.
         warps: what the program works on.
@@ -91,10 +96,12 @@ def multiply(
     *scales, out = references
     threads = _Places(t, strip, part, layout, warps, m, steps, 1 if dtype == lanes.INT8 else 2)
     per_block = bool(scales) and layout.block_size is not None
-    read = functools.partial(_read, t, threads, x, codes, scales[0] if per_block else None)
+    read = functools.partial(_read, t, threads, x, codes, scales if per_block else [])
     places = [(place, half) for place in range(warps.ahead) for half in range(2)]
     first = [read(0, *place) for place in places]
-    table = _table(t, shared, layout, warps, threads, dtype)
+    tables = _filled(t, shared, scales[-1] if layout.largest_scale else None, threads, dtype)
+    # Of all scales, what double quantization subtracted.
+    offset = t.load(scales[2], 0, 0, 1)[0] if layout.largest_scale else None
     n_sums = 2 * warps.width * threads.row_groups
 
     def step(turn, carried):
@@ -103,7 +110,9 @@ def multiply(
         held = [_Half(*([next(carried) for _ in group] for group in half)) for half in first]
         for i, place in enumerate(places):
             following = read(t.add(turn, 1), *place)  # before what was read is used: nf4 takes 14.4 us, else 17.5
-            sums = _added(t, sums, held[i], held[i | 1].scales, threads, layout, dtype, table)
+            if i % 2 == 0:
+                of_columns = _scales(t, held[i + 1].scales, offset, threads, tables)
+            sums = _added(t, sums, held[i], of_columns, threads, dtype, tables)
             held[i] = following
         return [*sums, *_flat(held)]
 
@@ -167,17 +176,35 @@ def _read(t, threads, x, codes, scales, turn, place, half):
         is_row = t.is_less(t.add(threads.g, _EIGHT * group), threads.m)
         offset = group * _EIGHT * threads.row_bytes + words_of_x * byte_rows
         of_x += t.load(x, at, offset, words_of_x, t.bits_and(exists, is_row), keeps=True)
-    if scales is not None and half == 1:
+    if scales and half == 1:
         block = t.quotient(step, layout.block_size // threads.rows)
-        at = t.times(t.add(t.times(block, n), threads.column), 4)
-        of_blocks = [word for i in range(0, warps.width, 4) for word in t.load(scales, at, 4 * i, 4, exists)]
+        first = t.add(t.times(block, n), threads.column)
+        if layout.largest_scale is None:
+            at = t.times(first, 4)
+            of_blocks = [word for i in range(0, warps.width, 4) for word in t.load(scales[0], at, 4 * i, 4, exists)]
+        else:
+            of_blocks = t.load(scales[0], first, 0, warps.width // 4, exists)
+            for i in range(warps.width):
+                number = t.add(t.times(t.add(threads.column, i), layout.blocks), block)
+                group = t.times(t.shift_right(number, LOG_OF_GROUP), 4)
+                of_blocks += t.load(scales[1], group, 0, 1, exists, keeps=True)
     return _Half(words, of_x, of_blocks)
 
 
-def _added(t, sums, half, scales, threads, layout, dtype, table):
+def _scales(t, words, offset, threads, tables):
+    """Returns the float32 scales of a thread's columns, none if sums are scaled at the end."""
+    largest, width = threads.layout.largest_scale, threads.warps.width
+    if largest is None:
+        return words
+    codes, factors = words[:-width], words[-width:]
+    values = [_looked_up(t, codes[i // 4], i % 4, tables, _OF_SCALES) for i in range(width)]
+    return [t.expanded_scale(*both, offset, largest) for both in zip(values, factors, strict=True)]
+
+
+def _added(t, sums, half, scales, threads, dtype, tables):
     """Returns sums, for each group of rows of x 4 for each pair of columns, and what a half of a step adds."""
     found, width = [], threads.warps.width
-    operands = [_operands(t, half.words, pair, width, layout, dtype, table) for pair in range(threads.pairs)]
+    operands = [_operands(t, half.words, pair, width, threads.layout, dtype, tables) for pair in range(threads.pairs)]
     each = threads.words_of_x // len(operands[0])
     for group in range(threads.row_groups):
         of_x = half.of_x[threads.words_of_x * group :]
@@ -247,7 +274,7 @@ def _write(t, shared, out, sums, pairs, threads, dtype, result):
         t.store_pair(out, t.times(t.add(t.times(row, threads.n), pair.column), size), numbers, pair.exists, result)
 
 
-def _operands(t, words, pair, width, layout, dtype, table):
+def _operands(t, words, pair, width, layout, dtype, tables):
     """Returns left operands of a pair of columns: both columns' weights in two rows of bytes, 4 registers, or twice that."""
     per_row = width // 4
     rows = [words[row * per_row + pair // 2] for row in range(4)]
@@ -260,7 +287,7 @@ def _operands(t, words, pair, width, layout, dtype, table):
         if dtype == lanes.INT8:
             return [[t.permute(*both, chosen) for chosen in (0x5410, 0x7632)]]
         return [[_of_bytes(t, of_rows, place, dtype) for of_rows in both for place in (0, 2)]]
-    values = [[_of_nibbles(t, word, byte, table) for byte in bytes_of_pair] for word in rows]
+    values = [[_looked_up(t, word, byte, tables) for byte in bytes_of_pair] for word in rows]
     return [[*values[0], *values[1]], [*values[2], *values[3]]]
 
 
@@ -274,22 +301,27 @@ def _of_bytes(t, both, place, dtype):
     return t.pairs_subtracted(t.masked(found, 0xFF7FFF7F, 0), t.masked(found, 0xFF80FF80, 0), dtype)
 
 
-def _of_nibbles(t, word, byte, table):
-    """Returns the pair of values of a byte, the high nibble's in the lower half."""
-    shared, lane = table
-    return t.load_shared(shared, t.permute(word, lane, 0x7704 | byte << 4))
+def _looked_up(t, word, byte, tables, which=0):
+    """Returns what a table has for a byte of a word: a pair of values, the high nibble's in the lower half, or a scale."""
+    shared, places = tables
+    return t.load_shared(shared, t.permute(word, places[which], 0x7704 | byte << 4))
 
 
-def _table(t, shared, layout, warps, threads, dtype):
-    """Fills each lane's table of bytes' values; returns what `_of_nibbles` reads, None if there is no table."""
-    if layout.values is None:
+def _filled(t, shared, scale_table, threads, dtype):
+    """Fills each lane's tables of bytes' values; returns what `_looked_up` reads, None if there are none."""
+    layout, warps = threads.layout, threads.warps
+    if not _has_tables(layout):
         return None
-    place = t.times(threads.lane, 4)
-    own = t.choose([float(value) for value in layout.values], threads.lane)
-    offset = t.add(t.times(threads.warp, _BYTES_OF_ENTRY), place)
+    places = [t.add(t.times(threads.lane, 4), which * _BYTES_OF_ENTRY // 2) for which in range(2)]
+    of_warp = t.times(threads.warp, _BYTES_OF_ENTRY)
+    own = t.choose([float(value) for value in layout.values], threads.lane) if layout.values else None
     for first in range(0, 256, warps.warps):
-        byte = t.add(threads.warp, first)
-        high, low = (t.from_lane(own, code) for code in (t.shift_right(byte, 4), t.bits_and(byte, 15)))
-        t.store_shared(shared, offset, t.pair_of(high, low, dtype), first * _BYTES_OF_ENTRY)
+        byte, entry = t.add(threads.warp, first), first * _BYTES_OF_ENTRY
+        if layout.values:
+            high, low = (t.from_lane(own, code) for code in (t.shift_right(byte, 4), t.bits_and(byte, 15)))
+            t.store_shared(shared, t.add(of_warp, places[0]), t.pair_of(high, low, dtype), entry)
+        if scale_table is not None:
+            (scale,) = t.load(scale_table, t.times(byte, 4), 0, 1, keeps=True)
+            t.store_shared(shared, t.add(of_warp, places[_OF_SCALES]), scale, entry)
     t.barrier()
-    return shared, place
+    return shared, places

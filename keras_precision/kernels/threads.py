@@ -110,6 +110,10 @@ class Thread:
         """Returns a * b + c of float32 numbers, rounded once."""
         return lanes.assembly(["fma.rn.f32 $0, $1, $2, $3;"], [a, b, c], 1)[0]
 
+    def expanded_scale(self, value, factor, offset, largest: float):
+        """Returns a double-quantized scale as a float32 number."""
+        return lanes.expanded_scale(value, factor, offset, largest)
+
     def choose(self, numbers: list[float], lane):
         """Returns the one of 16 float32 numbers whose place `lane` modulo 16 is."""
         return lanes.as_integer(lanes.choose(numbers, lane))

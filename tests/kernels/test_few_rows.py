@@ -11,7 +11,7 @@ from interpreting import interpreter
 from stored_weights import UNIT, numbers, scales_of, stored, tensors
 
 from keras_precision.kernels import device, few_rows, measured, one_thread, reference
-from keras_precision.kernels.layout import Layout
+from keras_precision.kernels.layout import Layout, expanded
 from keras_precision.kernels.one_thread import Warps
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
@@ -88,6 +88,10 @@ class Threads:
 
     def multiplied_and_added(self, a, b, c):
         return words(floats(a).astype("float64") * floats(b) + floats(c))
+
+    def expanded_scale(self, value, factor, offset, largest):
+        layout = Layout((1, 1), largest_scale=largest)
+        return words(expanded(ops.convert_to_tensor(floats(value) * floats(factor)), floats(offset), layout))
 
     def choose(self, values, lane):
         return words(np.array(values, "float32")[lane % 16])
@@ -189,6 +193,8 @@ def computed(x, codes, scales, layout, warps, dtype, result):
     [
         ("nf4", 1, (1024, 128), Warps(programs=1)),
         ("nf4", 9, (576, 256), Warps(width=16, warps=4, programs=1)),
+        ("nf4-dq", 1, (1024, 128), Warps(programs=1)),
+        ("nf4-dq", 10, (2624, 128), Warps(width=16, warps=4, programs=3)),
         ("int4/128", 16, (640, 128), Warps(programs=4)),
         ("fp4", 3, (192, 128), Warps(64, 8, 4, 2, programs=8)),
         ("int8-weight-only", 5, (352, 128), Warps(64, 8, 8, programs=2)),
@@ -251,10 +257,10 @@ def test_results_are_rounded_to_their_dtype():
     np.testing.assert_array_equal(rounded, whole.astype(DTYPES["bfloat16"]).astype("float64"))
 
 
-@pytest.mark.parametrize("programs", [1, 6])
-def test_interpreted(programs):
+@pytest.mark.parametrize("name, programs", [("nf4", 1), ("nf4", 6), ("nf4-dq", 6)])
+def test_interpreted(name, programs):
     """What surrounds the threads' parts: strips, parts of k, and sums of them."""
-    codec, parts, weight = stored("nf4", 1088, 256)
+    codec, parts, weight = stored(name, 1088, 256)
     x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((3, 1088), dtype="float32"), "bfloat16")
     warps = Warps(programs=programs)
     arrays = parts["codes"], scales_of(parts), codec.layout((1088, 256))
@@ -285,7 +291,7 @@ def test_dispatch(monkeypatch):
 def test_what_can_run():
     plain = Layout((4096, 14336), (0.0,) * 16, 64)
     assert few_rows.can_run(plain, "bfloat16") and few_rows.can_run(Layout((96, 128)), "float16")
-    assert not few_rows.can_run(dataclasses.replace(plain, largest_scale=1.0), "bfloat16")
+    assert few_rows.can_run(dataclasses.replace(plain, largest_scale=1.0), "bfloat16")
     assert not few_rows.can_run(plain, "float32")
     assert not any(few_rows.can_run(Layout(shape), "bfloat16") for shape in [(100, 128), (128, 100)])
     assert not few_rows.can_run(Layout((4096, 128), (0.0,) * 16, 32), "bfloat16")
@@ -293,10 +299,10 @@ def test_what_can_run():
 
 def test_measured_tiles_come_first_where_they_can_run():
     for tiles in measured.SLABS.values():
-        assert isinstance(measured.first_for(16, tiles), Warps)
+        assert isinstance(measured.first_for(8, tiles), Warps)
 
 
-@pytest.mark.parametrize("name", ["nf4", "int4", "int8-weight-only", "int8"])
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq", "int4", "int8-weight-only", "int8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("n", [256, 14336])
 def test_lowers_for_cuda(name, dtype, n):
@@ -304,11 +310,11 @@ def test_lowers_for_cuda(name, dtype, n):
 
     codec, parts, _ = stored(name, 128, 256)
     layout = dataclasses.replace(codec.layout((128, 256)), shape=(4096, n))
-    tile = measured.first_for(16, measured.SLABS[layout.kind])
+    tile = measured.first_for(8, measured.SLABS["integers" if name == "int8" else layout.kind])
 
     def shaped(array):
-        rows = array.shape[0] * 32 if array.ndim == 2 else None
-        return jax.ShapeDtypeStruct((n,) if rows is None else (rows, n), array.dtype)
+        shapes = {2: lambda: (array.shape[0] * 32, n), 1: lambda: (n,), 0: tuple}
+        return jax.ShapeDtypeStruct(shapes[array.ndim](), array.dtype)
 
     def products(codes, *scales):
         if name == "int8":

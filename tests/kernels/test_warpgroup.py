@@ -167,7 +167,8 @@ def test_dispatch(on_hopper, name, kernel):
 def test_measured_slabs_lower_for_cuda(kind, dtype):
     import jax
 
-    name = {"whole": "int4", "table": "nf4-dq", "bytes": "int8-weight-only", "integers": "int8"}[kind]
+    names = {"whole": "int4", "table": "nf4", "double-quantized": "nf4-dq"}
+    name = (names | {"bytes": "int8-weight-only", "integers": "int8"})[kind]
     codec, parts, _ = stored(name, 2048, 256)
     slabs = [(greatest, tile) for greatest, tile in measured.SLABS[kind] if isinstance(tile, Slab)]
 
