@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-# The oldest that the kernel was lowered with; it ran with 0.11.2.
+# The oldest that Hopper's kernels were lowered with; they ran with 0.11.2.
 _OLDEST_JAX_WITH_WGMMA = (0, 10, 2)
 MOST_PROGRAMS_ON_AN_AXIS = 65535
 """CUDA's limit for all axes of a grid of programs but the first."""

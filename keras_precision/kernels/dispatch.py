@@ -14,8 +14,8 @@ from keras_precision.kernels import (
     device,
     few_rows,
     float8,
-    one_thread,
     measured,
+    one_thread,
     reference,
     row_product,
     warpgroup,
@@ -31,8 +31,8 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
     kernel that reads each code once, and more rows with a weight that a kernel
     decodes or, on Hopper, by one that decodes as it multiplies; everywhere
     else, and under `keras.distribution`, with what `decode` gives. Results
-    differ from those by no more than `row_product.product`,
-    `weight_only.product` and `warpgroup.product` tell, beside the backend's
+    differ from those by no more than `product` of `row_product`,
+    `weight_only`, `few_rows` and `warpgroup` tells, beside the backend's
     matmul precision. The gradient with respect to x is that of a product with
     the decoded weight; codes and scales get none.
 
@@ -78,23 +78,6 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
     return ops.reshape(found, (*x.shape[:-1], layout.shape[1]))
 
 
-def _tile(layout, rows, dtype):
-    """Returns what to multiply so many rows by, None if the weight is to be decoded."""
-    kind = layout.kind if layout.largest_scale is None else "double-quantized"
-    slab = _slab(kind, layout, rows, dtype)
-    if slab is not None:
-        return slab
-    return measured.PLANS[layout.kind].product(rows) if dtype != "float32" or rows == 1 else None
-
-
-def _slab(kind, layout, rows, dtype):
-    """Returns the tile of a kind that multiplies so many rows of x of a dtype on Hopper, None elsewhere or if none does."""
-    if not device.has_wgmma():
-        return None
-    tiles = measured.SLABS[kind]
-    return measured.first_for(rows, [pair for pair in tiles if _module(pair[1]).can_run(layout, dtype)])
-
-
 _MODULES = {
     row_product.Strip: row_product,
     weight_only.Tile: weight_only,
@@ -111,6 +94,23 @@ def _module(tile):
 def product_by(tile: row_product.Strip | weight_only.Tile | warpgroup.Slab | one_thread.Warps) -> Callable:
     """Returns what multiplies with such a tile."""
     return _module(tile).product
+
+
+def _tile(layout, rows, dtype):
+    """Returns what to multiply so many rows by, None if the weight is to be decoded."""
+    kind = layout.kind if layout.largest_scale is None else "double-quantized"
+    tile = _hopper_tile(kind, layout, rows, dtype)
+    if tile is not None:
+        return tile
+    return measured.PLANS[layout.kind].product(rows) if dtype != "float32" or rows == 1 else None
+
+
+def _hopper_tile(kind, layout, rows, dtype):
+    """Returns the tile of a kind that multiplies so many rows of x of a dtype on Hopper, None elsewhere or if none does."""
+    if not device.has_wgmma():
+        return None
+    tiles = measured.HOPPER_TILES[kind]
+    return measured.first_for(rows, tuple(pair for pair in tiles if _module(pair[1]).can_run(layout, dtype)))
 
 
 def integer_products(x, codes) -> Callable:
@@ -130,10 +130,10 @@ def integer_products(x, codes) -> Callable:
         return reference.scaled_products
     rows = math.prod(x.shape[:-1])
     fits = layout.shape[0] <= reference.ROWS_PER_SUM
-    slab = _slab("integers", layout, rows, keras.backend.standardize_dtype(codes.dtype))
-    if fits and slab is not None:
-        by_tile = _module(slab).integer_product
-        return lambda *arguments: by_tile(*arguments, slab)
+    hopper_tile = _hopper_tile("integers", layout, rows, keras.backend.standardize_dtype(codes.dtype))
+    if fits and hopper_tile is not None:
+        product = _module(hopper_tile).integer_product
+        return lambda *arguments: product(*arguments, hopper_tile)
     tile = measured.PLANS[layout.kind].product(rows)
     if tile is None:
         is_large = rows >= measured.ROWS_OF_INTEGER_PARTS

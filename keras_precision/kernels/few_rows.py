@@ -42,8 +42,9 @@ def product(
     products with x are exact and added up in float32, and scales multiply
     these sums. With u = 2**-24 and v the unit roundoff of `dtype`, an element
     differs from the exact product of x and the weight by at most
-    sum |x| |weight| (v + (k + 3) u), and one more rounding to `dtype`; v
-    doesn't count where values are whole numbers.
+    sum |x| |weight| (v + (k + 3) u), and one more rounding to `dtype`, where
+    no sum of |x| |value| in a block exceeds float32's range; v doesn't count
+    where values are whole numbers.
 
     Args:
         x: tensor (m, k) of `dtype`; all of its rows are worked on at once,
@@ -86,20 +87,25 @@ def integer_product(x_codes, x_scale, codes, scale, dtype: str, warps: Warps, in
     return jitted(_product, tuple(static))(x_codes, codes, (scale, x_scale[:, 0]), **static)
 
 
+def parts_of_k(layout: Layout, warps: Warps) -> tuple[int, int]:
+    """Returns into how many parts k is split, and how many steps of `BYTE_ROWS` rows of bytes each has at most."""
+    rounds = -(-layout.byte_rows // (BYTE_ROWS * warps.sharing))
+    parts, each = split(rounds, warps.programs // (layout.shape[1] // warps.columns))
+    return parts, each * warps.sharing
+
+
 def _product(x, codes, scales, *, layout, warps, result, interpret):
-    n, m = layout.shape[1], x.shape[0]
-    steps = layout.byte_rows // BYTE_ROWS
-    splits, steps_each = split(-(-steps // warps.sharing), warps.programs // (n // warps.columns))
-    if splits == 1:
-        return _run(x, codes, scales, layout, warps, result, interpret, 1, steps)[0]
+    shape, (parts, steps) = (x.shape[0], layout.shape[1]), parts_of_k(layout, warps)
+    if parts == 1:
+        return _run(x, codes, scales, layout, warps, result, interpret, parts, steps)[0]
     of_blocks = scales if layout.block_size is not None else ()
-    sums = _run(x, codes, of_blocks, layout, warps, "float32", interpret, splits, steps_each * warps.sharing)
-    found = added(sums, (m, n), scales, layout, "float32")
+    sums = _run(x, codes, of_blocks, layout, warps, "float32", interpret, parts, steps)
+    found = added(sums, shape, scales, layout, "float32")
     return (found * scales[1][:, None] if len(scales) == 2 else found).astype(result)
 
 
-def _run(x, codes, scales, layout, warps, result, interpret, splits, steps):
-    """Returns sums (splits, m, n) of so many steps each."""
+def _run(x, codes, scales, layout, warps, result, interpret, parts, steps):
+    """Returns sums (parts, m, n) of so many steps each."""
     import jax
     from jax import lax
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -123,8 +129,8 @@ def _run(x, codes, scales, layout, warps, result, interpret, splits, steps):
 
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((splits, m, n), result),
-        grid=(n // warps.columns, splits),
+        out_type=jax.ShapeDtypeStruct((parts, m, n), result),
+        grid=(n // warps.columns, parts),
         grid_names=("strip", "part"),
         num_threads=1 if interpret is not None else warps.warps // 4,
         thread_name="warpgroup",

@@ -135,7 +135,7 @@ def store_pair(numbers, pointer, row, n_rows, dtype):
 
 
 def expanded_scale(value, factor, offset, largest: float):
-    """Returns the float32 scale of a double-quantized one, an int32 with its bits, as `layout.expanded` makes it."""
+    """Returns the bits of the float32 scale that `layout.expanded` makes of a double-quantized one, as an int32."""
     bits = f"0f{np.float32(largest).view('uint32'):08x}"
     lines = [".reg .f32 above, below;", "mul.rn.f32 $0, $1, $2;"]
     lines += [f"sub.rn.f32 above, {bits}, $3;", "min.NaN.f32 $0, $0, above;"]
@@ -165,14 +165,6 @@ def scalar(array):
     """Returns the one number of Mosaic GPU's array."""
     (register,) = array.registers.flat
     return register
-
-
-def as_float(register):
-    """Returns the float32 number with a register's bits."""
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir import ir
-
-    return utils.bitcast(register, ir.F32Type.get())
 
 
 def as_integer(number):

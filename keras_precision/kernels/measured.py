@@ -75,7 +75,7 @@ _CODEBOOK_FROM_17_ROWS = (
     (128, Slab(128, 2, 5)),
     (2048, Slab(256, 2, 3, cluster=2)),
 )
-SLABS = {
+HOPPER_TILES = {
     "whole": ((16, Warps()), *_CODEBOOK_FROM_17_ROWS),
     "table": ((16, Warps()), *_CODEBOOK_FROM_17_ROWS),
     "double-quantized": ((8, Warps()), (16, Slab(16, 8, 3, pairs=2)), *_CODEBOOK_FROM_17_ROWS),
@@ -92,7 +92,9 @@ SLABS = {
         (math.inf, Slab(256, 1, 4, cluster=2)),
     ),
 }
-"""What Hopper multiplies 16-bit activations by, where it can, before any plan; "integers" are int8 times int8 codes.
+"""What Hopper multiplies 16-bit activations by, where it can, before any plan.
+
+Kinds are those of `Layout`, but for codes whose scales are double-quantized, and int8 codes times "integers", int8 too.
 
 Chosen by the kernel's time in profiles, from fewer candidates than a plan's: one H100 80GB, jax 0.11.2, 4096 x 14336,
 bfloat16, 2026-11-23.

@@ -2,7 +2,8 @@
 
 A thread reads 8 or 16 bytes of each of its rows, some rows ahead, and decodes them where the instruction `mma` wants
 them: which columns of the weight are rows of its left operand, and in which order k is added up, is free. A byte's two
-values are looked up at once in shared memory, where each lane has a table in a bank of its own. Values are multiplied with x before scales are, a block at a time.
+values are looked up at once in shared memory, where each lane has a table in a bank of its own. Values are multiplied
+with x before scales are, a block at a time.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ class Warps:
     """What one program works on.
 
     Attributes:
-        columns: of the weight.
+        columns: of the weight, 64 or 128.
         width: bytes of a row that a thread reads at once, 8 or 16; eight
-            threads side by side do, so that a warp has 8 times as many columns.
-        warps: of which those that have the same columns share k.
+            threads side by side do, so that a warp has 8 times as many
+            columns, which must be a program's or fewer.
+        warps: 4, 8 or 16, of which those that have the same columns share k.
         ahead: times 32 rows of bytes that each warp reads before it needs them.
         programs: so many run, or fewer, where k may be split; an H100 has 132
             multiprocessors.
@@ -83,9 +85,9 @@ def multiply(
         shared: reference to words of shared memory, as many as `shared_words`.
         x: reference to (m, k) of `dtype`.
         codes: reference to the codes.
-        *references: to scales, if there are any, as `layout.scales_at` takes
-            them or float32 ones of columns, to the latter's those of rows of x, if there are any, and
-            to the result (parts, m, n).
+        *references: to scales, if there are any: as `layout.scales_at` takes
+            them, or float32 ones of columns and, after these, of rows of x;
+            and to the result (parts, m, n).
         layout: of the weight.
         warps: what the program works on.
         dtype: "float16", "bfloat16" or `lanes.INT8`.
@@ -99,9 +101,9 @@ def multiply(
     read = functools.partial(_read, t, threads, x, codes, scales if per_block else [])
     places = [(place, half) for place in range(warps.ahead) for half in range(2)]
     first = [read(0, *place) for place in places]
-    tables = _filled(t, shared, scales[-1] if layout.largest_scale else None, threads, dtype)
+    tables = _filled(t, shared, None if layout.largest_scale is None else scales[-1], threads, dtype)
     # Of all scales, what double quantization subtracted.
-    offset = t.load(scales[2], 0, 0, 1)[0] if layout.largest_scale else None
+    offset = t.load(scales[2], 0, 0, 1)[0] if layout.largest_scale is not None else None
     n_sums = 2 * warps.width * threads.row_groups
 
     def step(turn, carried):
@@ -298,7 +300,7 @@ def _of_bytes(t, both, place, dtype):
         return t.pairs_added(found, 0xE480E480, dtype)
     # 128 + the code's low 7 bits, less 128, or 256 where the code is negative.
     found = t.permute(both, 0x43434343, 0x4040 | place | place + 1 << 8)
-    return t.pairs_subtracted(t.masked(found, 0xFF7FFF7F, 0), t.masked(found, 0xFF80FF80, 0), dtype)
+    return t.pairs_subtracted(t.masked(found, 0xFF7FFF7F), t.masked(found, 0xFF80FF80), dtype)
 
 
 def _looked_up(t, word, byte, tables, which=0):
@@ -314,10 +316,10 @@ def _filled(t, shared, scale_table, threads, dtype):
         return None
     places = [t.add(t.times(threads.lane, 4), which * _BYTES_OF_ENTRY // 2) for which in range(2)]
     of_warp = t.times(threads.warp, _BYTES_OF_ENTRY)
-    own = t.choose([float(value) for value in layout.values], threads.lane) if layout.values else None
+    own = t.choose([float(value) for value in layout.values], threads.lane) if layout.values is not None else None
     for first in range(0, 256, warps.warps):
         byte, entry = t.add(threads.warp, first), first * _BYTES_OF_ENTRY
-        if layout.values:
+        if layout.values is not None:
             high, low = (t.from_lane(own, code) for code in (t.shift_right(byte, 4), t.bits_and(byte, 15)))
             t.store_shared(shared, t.add(of_warp, places[0]), t.pair_of(high, low, dtype), entry)
         if scale_table is not None:

@@ -81,9 +81,9 @@ class Thread:
         """Returns 4 of the 8 bytes of a and b, the lowest named by the selector's lowest 4 bits."""
         return lanes.assembly([f"prmt.b32 $0, $1, $2, {selector};"], [lanes.integer(a), lanes.integer(b)], 1)[0]
 
-    def masked(self, a, mask: int, bits: int):
-        """Returns a & mask | bits."""
-        return lanes.assembly([f"lop3.b32 $0, $1, {mask}, {bits}, 0xEA;"], [a], 1)[0]
+    def masked(self, a, mask: int):
+        """Returns a & mask."""
+        return lanes.bits_and(a, _signed(mask))
 
     def exclusive_or(self, a, mask: int):
         """Returns a ^ mask."""

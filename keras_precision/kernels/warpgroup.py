@@ -193,7 +193,7 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
             slot, place = lax.rem(step, stages), first + step
             block = lax.div(place * parts * rows, layout.block_size) if per_block else 0
             column = column_program * _COLUMNS
-            # Read before there is room for them.
+            # Read before there is room for them, so that it takes no time once there is.
             of_blocks = [
                 fragments.expanded_scales(scales_ref, factors, block + i, column, layout, interpreted)
                 for i in range(blocks if factors else 0)

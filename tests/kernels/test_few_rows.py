@@ -10,10 +10,11 @@ from keras import ops
 from interpreting import interpreter
 from stored_weights import UNIT, numbers, scales_of, stored, tensors
 
-from keras_precision.kernels import device, few_rows, measured, one_thread, reference
+from keras_precision.kernels import device, dispatch, few_rows, measured, one_thread, reference, warpgroup
 from keras_precision.kernels.layout import Layout, expanded
 from keras_precision.kernels.one_thread import Warps
 
+NO_WARP, MANY_WARPS = -1, -2
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
 DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("float32")}
 
@@ -41,16 +42,28 @@ def packed(pairs, dtype):
 class Threads:
     """A program's threads: what `threads.Thread` does, done by arrays of all of them.
 
-    Shared memory that was not stored since the last barrier but one may not be read.
+    Between two barriers no warp may read what another stores, nor store what another reads or stores.
     """
 
-    def __init__(self, count):
+    def __init__(self, count, shared_words):
         self.index = np.arange(count)
-        self.written = np.zeros(0, bool)
+        self.stored = np.zeros(shared_words, bool)
+        # The warp that did so since the last barrier, or one of the others.
+        self.storing, self.reading = (np.full(shared_words, NO_WARP) for _ in range(2))
 
-    add, times, bits_and = (staticmethod(f) for f in (np.add, np.multiply, np.bitwise_and))
-    shift_right = staticmethod(np.right_shift)
+    bits_and, shift_right = staticmethod(np.bitwise_and), staticmethod(np.right_shift)
     remainder, quotient, least = (staticmethod(f) for f in (np.remainder, np.floor_divide, np.minimum))
+
+    def add(self, a, b):
+        return self._of_32_bits(np.add(a, b))
+
+    def times(self, a, b):
+        return self._of_32_bits(np.multiply(a, b))
+
+    def _of_32_bits(self, number):
+        number = np.asarray(number)
+        assert number.dtype == np.uint32 or (np.abs(number) < 2**31).all()
+        return number
 
     def is_less(self, a, b):
         return np.less(a, b).astype(int) + np.zeros_like(self.index)
@@ -68,8 +81,8 @@ class Threads:
         chosen = [of_both[selector >> 4 * place & 7] for place in range(4)]
         return sum(byte.astype("uint32") << 8 * place for place, byte in enumerate(chosen)).astype("uint32")
 
-    def masked(self, a, mask, bits):
-        return a & np.uint32(mask) | np.uint32(bits)
+    def masked(self, a, mask):
+        return a & np.uint32(mask)
 
     def exclusive_or(self, a, mask):
         return a ^ np.uint32(mask)
@@ -132,22 +145,22 @@ class Threads:
         return words(integer.view("int32"))
 
     def load_shared(self, reference, offset, constant=0):
-        place = (offset + constant) // 4
-        assert self.written[place].all()
+        place, warp = (offset + constant) // 4, self.index // 32
+        assert self.stored[place].all() and np.isin(self.storing[place], [NO_WARP]).all()
+        is_alone = (self.reading[place] == NO_WARP) | (self.reading[place] == warp)
+        self.reading[place] = np.where(is_alone, warp, MANY_WARPS)
         return reference[place]
 
     def store_shared(self, reference, offset, value, constant=0):
-        place = (offset + constant) // 4
+        place, warp = (offset + constant) // 4, self.index // 32
         assert len(set(place)) == len(place)
+        for others in (self.storing[place], self.reading[place]):
+            assert ((others == NO_WARP) | (others == warp)).all()
         reference[place] = value
-        self.pending.append(place)
-
-    pending = ()
+        self.stored[place], self.storing[place] = True, warp
 
     def barrier(self):
-        for place in self.pending:
-            self.written[place] = True
-        self.pending = []
+        self.storing[:] = self.reading[:] = NO_WARP
 
     def loop(self, count, body, carried):
         for turn in range(count):
@@ -164,26 +177,17 @@ class Threads:
 
 
 def computed(x, codes, scales, layout, warps, dtype, result):
-    """What `few_rows.product` returns, each program's threads after each other."""
-    (_, n), m = layout.shape, len(x)
-    steps_in_all = layout.byte_rows // one_thread.BYTE_ROWS
-    splits, each = few_rows.split(-(-steps_in_all // warps.sharing), warps.programs // (n // warps.columns))
-    steps = steps_in_all if splits == 1 else each * warps.sharing
-    result = result if splits == 1 else "float32"
-    is_scaled_later = splits > 1 and layout.block_size is None
-    scales_of_program = [] if is_scaled_later else scales
-    out = np.full(splits * m * n, np.nan, DTYPES[result])
-    flat = [np.ascontiguousarray(array).view("uint8").ravel() for array in (x, codes, *scales_of_program)]
+    """What a kernel's programs store together, one after the other; parts of k are added up."""
+    n, m, (parts, steps) = layout.shape[1], len(x), few_rows.parts_of_k(layout, warps)
+    out = np.full(parts * m * n, np.nan, DTYPES[result])
+    flat = [np.ascontiguousarray(array).view("uint8").ravel() for array in (x, codes, *scales)]
+    own = {"layout": layout, "warps": warps, "dtype": dtype, "m": m, "result": result, "steps": steps}
     for strip in range(n // warps.columns):
-        for part in range(splits):
-            threads = Threads(32 * warps.warps)
-            threads.pending = []
+        for part in range(parts):
             shared = np.zeros(one_thread.shared_words(layout, warps, m), "uint32")
-            threads.written = np.zeros(shared.shape, bool)
-            own = {"layout": layout, "warps": warps, "dtype": dtype, "m": m, "result": result, "steps": steps}
+            threads = Threads(32 * warps.warps, len(shared))
             one_thread.multiply(threads, strip, part, shared, *flat, out, **own)
-    found = out.reshape(splits, m, n).astype("float64").sum(axis=0)
-    return found * numbers(scales[0]) if is_scaled_later else found
+    return out.reshape(parts, m, n).astype("float64").sum(axis=0)
 
 
 # Each width, warps that share k and not, k split among programs, more k than fits, more steps ahead, 1 to 16 rows.
@@ -196,6 +200,7 @@ def computed(x, codes, scales, layout, warps, dtype, result):
         ("nf4-dq", 1, (1024, 128), Warps(programs=1)),
         ("nf4-dq", 10, (2624, 128), Warps(width=16, warps=4, programs=3)),
         ("int4/128", 16, (640, 128), Warps(programs=4)),
+        ("int4/128", 16, (192, 128), Warps()),
         ("fp4", 3, (192, 128), Warps(64, 8, 4, 2, programs=8)),
         ("int8-weight-only", 5, (352, 128), Warps(64, 8, 8, programs=2)),
         ("int8-weight-only", 8, (1024, 128), Warps(64, 8, 8, 2, programs=6)),
@@ -207,8 +212,10 @@ def test_each_threads_part(name, rows, shape, warps, dtype):
     assert few_rows.can_run(layout, dtype)
     x = np.random.default_rng(rows).standard_normal((rows, shape[0])).astype(DTYPES[dtype])
     scales = [np.asarray(ops.convert_to_numpy(scale)) for scale in scales_of(parts)]
-    found = computed(x, np.asarray(ops.convert_to_numpy(parts["codes"])), scales, layout, warps, dtype, "float32")
-    x = x.astype("float64")
+    codes = np.asarray(ops.convert_to_numpy(parts["codes"]))
+    is_scaled_later = layout.block_size is None and few_rows.parts_of_k(layout, warps)[0] > 1
+    found = computed(x, codes, [] if is_scaled_later else scales, layout, warps, dtype, "float32")
+    found, x = found * (scales[0] if is_scaled_later else 1), x.astype("float64")
     # The bound that `product` documents.
     unit = UNIT[dtype] if layout.kind == "table" else 0
     bound = np.abs(x) @ np.abs(weight) * (unit + (shape[0] + 3) * 2.0**-24)
@@ -224,18 +231,16 @@ def test_all_int8_codes_are_exact():
         np.testing.assert_array_equal(found, codes[3:11])
 
 
-@pytest.mark.parametrize("programs", [1, 4])
-def test_integer_products_are_exact(programs):
+def test_integer_products_are_exact():
     draw = np.random.default_rng(0)
     x, codes = (draw.integers(-127, 128, shape).astype("int8") for shape in [(9, 1056), (1056, 128)])
-    scales = [draw.uniform(0.5, 2, size).astype("float32") for size in (128, 9)]
-    layout = Layout(codes.shape)
+    of_columns, of_rows = (draw.uniform(0.5, 2, size).astype("float32") for size in (128, 9))
+    layout, exact = Layout(codes.shape), (x.astype(int) @ codes.astype(int)).astype("float64")
     assert few_rows.can_run(layout, "int8")
-    found = computed(x, codes, scales, layout, Warps(64, 8, 8, programs=programs), "int8", "float32")
-    exact = (
-        (x.astype(int) @ codes.astype(int)).astype("float64") * scales[0] * (1 if programs > 1 else scales[1][:, None])
-    )
-    np.testing.assert_allclose(found, exact, rtol=3e-7)
+    found = computed(x, codes, [], layout, Warps(64, 8, 8, programs=8), "int8", "float32")
+    np.testing.assert_array_equal(found, exact)
+    found = computed(x, codes, [of_columns, of_rows], layout, Warps(64, 8, 8, programs=1), "int8", "float32")
+    np.testing.assert_allclose(found, exact * of_columns * of_rows[:, None].astype("float64"), rtol=3e-7)
 
 
 def test_interpreted_integer_products():
@@ -268,24 +273,43 @@ def test_interpreted(name, programs):
     np.testing.assert_allclose(numbers(found), numbers(x) @ weight, rtol=1e-4, atol=1e-3)
 
 
-def test_dispatch(monkeypatch):
+@pytest.mark.parametrize(
+    "name, most, function", [("nf4", 16, "product"), ("nf4-dq", 8, "product"), ("int8", 16, "integer_product")]
+)
+def test_dispatch(monkeypatch, name, most, function):
     """Few rows take this kernel on Hopper, and more rows another."""
-    codec, parts, weight = stored("nf4", 128, 128)
+    codec, parts, weight = stored(name, 128, 128)
     calls = []
 
-    def interpreted(*arguments):
-        calls.append(arguments[4])
-        return product(*arguments, interpret=interpreter())
+    def record(module):
+        run = getattr(module, function)
 
-    product = few_rows.product
-    monkeypatch.setattr(few_rows, "product", interpreted)
+        def recorded(*arguments):
+            calls.append(module)
+            return run(*arguments, interpret=interpreter())
+
+        monkeypatch.setattr(module, function, recorded)
+
+    record(few_rows)
+    record(warpgroup)
     monkeypatch.setattr(device, "has_triton", lambda: True)
     monkeypatch.setattr(device, "has_wgmma", lambda: True)
-    for rows in (1, 16):
+    for rows in (1, most, most + 1):
         x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((rows, 128), dtype="float32"), "bfloat16")
         found = codec.matmul(x, tensors(parts), (128, 128), "bfloat16")
         np.testing.assert_allclose(numbers(found), numbers(x) @ weight, rtol=0.02, atol=0.5)
-    assert calls == [measured.SLABS["table"][0][1]] * 2
+    assert calls == [few_rows, few_rows, warpgroup]
+
+
+def test_a_kernel_that_cannot_run_is_left_out(monkeypatch):
+    """Rows of an int8 weight that are a multiple of 32 are enough for few rows, not for more."""
+    layout = Layout((160, 128))
+    monkeypatch.setattr(device, "has_wgmma", lambda: True)
+    assert isinstance(dispatch._hopper_tile("integers", layout, 16, "int8"), Warps)
+    assert dispatch._hopper_tile("integers", layout, 17, "int8") is None
+    assert dispatch._hopper_tile("bytes", layout, 1, "float32") is None
+    monkeypatch.setattr(device, "has_wgmma", lambda: False)
+    assert dispatch._hopper_tile("integers", layout, 16, "int8") is None
 
 
 def test_what_can_run():
@@ -297,11 +321,6 @@ def test_what_can_run():
     assert not few_rows.can_run(Layout((4096, 128), (0.0,) * 16, 32), "bfloat16")
 
 
-def test_measured_tiles_come_first_where_they_can_run():
-    for tiles in measured.SLABS.values():
-        assert isinstance(measured.first_for(8, tiles), Warps)
-
-
 @pytest.mark.parametrize("name", ["nf4", "nf4-dq", "int4", "int8-weight-only", "int8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("n", [256, 14336])
@@ -310,7 +329,8 @@ def test_lowers_for_cuda(name, dtype, n):
 
     codec, parts, _ = stored(name, 128, 256)
     layout = dataclasses.replace(codec.layout((128, 256)), shape=(4096, n))
-    tile = measured.first_for(8, measured.SLABS["integers" if name == "int8" else layout.kind])
+    kind = {"int8": "integers", "nf4-dq": "double-quantized"}.get(name, layout.kind)
+    tile = measured.first_for(8, measured.HOPPER_TILES[kind])
 
     def shaped(array):
         shapes = {2: lambda: (array.shape[0] * 32, n), 1: lambda: (n,), 0: tuple}

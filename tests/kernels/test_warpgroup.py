@@ -149,7 +149,7 @@ def on_hopper(monkeypatch):
     for name in ("product", "integer_product"):
         monkeypatch.setattr(warpgroup, name, interpreted(getattr(warpgroup, name)))
     slabs = ((8, Slab(8, 1, 2, programs=1)),)
-    monkeypatch.setattr(measured, "SLABS", dict.fromkeys(measured.SLABS, slabs))
+    monkeypatch.setattr(measured, "HOPPER_TILES", dict.fromkeys(measured.HOPPER_TILES, slabs))
     return calls
 
 
@@ -162,7 +162,7 @@ def test_dispatch(on_hopper, name, kernel):
     np.testing.assert_allclose(numbers(found), numbers(x) @ weight, rtol=0.02, atol=0.5)
 
 
-@pytest.mark.parametrize("kind", measured.SLABS)
+@pytest.mark.parametrize("kind", measured.HOPPER_TILES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_measured_slabs_lower_for_cuda(kind, dtype):
     import jax
@@ -170,7 +170,7 @@ def test_measured_slabs_lower_for_cuda(kind, dtype):
     names = {"whole": "int4", "table": "nf4", "double-quantized": "nf4-dq"}
     name = (names | {"bytes": "int8-weight-only", "integers": "int8"})[kind]
     codec, parts, _ = stored(name, 2048, 256)
-    slabs = [(greatest, tile) for greatest, tile in measured.SLABS[kind] if isinstance(tile, Slab)]
+    slabs = [(greatest, tile) for greatest, tile in measured.HOPPER_TILES[kind] if isinstance(tile, Slab)]
 
     def products(parts):
         for greatest, slab in slabs:
