@@ -45,6 +45,14 @@ class Warps:
     ahead: int = 1
     programs: int = 132
 
+    def __post_init__(self):
+        is_known = self.columns in (64, 128) and self.width in (8, 16) and self.warps in (4, 8, 16)
+        if not is_known or self.columns % (_EIGHT * self.width):
+            raise ValueError(
+                "Invalid `Warps`. Expected `columns` 64 or 128, `width` 8 or 16 and at most an eighth of them, and "
+                f"`warps` 4, 8 or 16. Received: {self}."
+            )
+
     @property
     def sharing(self) -> int:
         """Warps that have the same columns."""

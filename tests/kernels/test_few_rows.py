@@ -312,6 +312,12 @@ def test_a_kernel_that_cannot_run_is_left_out(monkeypatch):
     assert dispatch._hopper_tile("integers", layout, 16, "int8") is None
 
 
+@pytest.mark.parametrize("wrong", [{"columns": 256}, {"columns": 64, "width": 16}, {"width": 4}, {"warps": 12}])
+def test_bad_tiles(wrong):
+    with pytest.raises(ValueError, match="Expected `columns` 64 or 128"):
+        Warps(**wrong)
+
+
 def test_what_can_run():
     plain = Layout((4096, 14336), (0.0,) * 16, 64)
     assert few_rows.can_run(plain, "bfloat16") and few_rows.can_run(Layout((96, 128)), "float16")
