@@ -1,8 +1,8 @@
 """Which kernel multiplies how many rows with a stored weight fastest: what `keras_precision/kernels/measured.py` holds.
 
-Needs an NVIDIA GPU that Triton knows; on Hopper slabs and warps are tried too. For each shape, kind of codes and number of rows,
-all tiles are compiled, checked against the decoded weight and timed as `benchmarks/matmul.py` does; the fastest few are
-printed, with decoding first, with XLA's decoding and with a bfloat16 weight.
+Needs an NVIDIA GPU that Triton knows; on Hopper slabs and warps are tried too. For each shape, kind of codes and number
+of rows, all tiles are compiled, checked against the decoded weight and timed as `benchmarks/matmul.py` does; the fastest
+few are printed, with decoding first, with XLA's decoding and with a bfloat16 weight.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def tiles(rows):
     from keras_precision.kernels.warpgroup import Slab
     from keras_precision.kernels.weight_only import Tile
 
-    if device.has_wgmma() and rows <= 16:
-        for columns, width, warps in ((128, 8, 16), (128, 16, 16), (128, 16, 8), (64, 8, 8), (64, 8, 16)):
-            yield from (Warps(columns, width, warps, ahead, 132 * 16 // warps) for ahead in (1, 2))
     if device.has_wgmma():
+        for columns, width, warps in ((128, 8, 16), (128, 16, 16), (128, 16, 8), (64, 8, 8), (64, 8, 16)):
+            if rows <= 16:
+                yield from (Warps(columns, width, warps, ahead, 132 * 16 // warps) for ahead in (1, 2))
         batch = min(-(-rows // 8) * 8, 256)
         for parts, stages in ((1, 4), (1, 5), (2, 3), (2, 4), (2, 5), (4, 3), (4, 4), (4, 5), (8, 3)):
             yield from (Slab(batch, parts, stages, cluster) for cluster in (1, 2))

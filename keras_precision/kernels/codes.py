@@ -63,6 +63,14 @@ def values(packed, codebook: tuple[float, ...] | None, interpret: bool = False) 
     return [_assembled(_shuffled(codebook, is_high), _WORDS, packed, "float32") for is_high in (True, False)]
 
 
+def interpreted(packed, codebook: tuple[float, ...] | None):
+    """Returns the float32 values (rows, columns) of a tile's codes, slowly, in a Pallas kernel on any device."""
+    import jax.numpy as jnp
+
+    found = values(packed, codebook, interpret=True)
+    return jnp.stack(found, axis=1).reshape(-1, packed.shape[1])
+
+
 def _assembled(code, words, packed, dtype):
     """Returns one result of 32 bits for each byte, as the code makes them of `words` words at a time."""
     import jax

@@ -65,14 +65,10 @@ def product(
 
 
 def integer_product(x_codes, x_scale, codes, scale, dtype: str, warps: Warps, interpret: Any = None):
-    """Returns x_scale * scale * (x_codes times codes), added up in int32.
-
-    Where several programs share k, as for few columns, their sums are rounded
-    to float32 and added up, which is exact up to 2**24, and beyond to
-    (parts + 1) 2**-24 of the sum of magnitudes.
+    """Returns what `warpgroup.integer_product` does, of at most 16 rows of x.
 
     Args:
-        x_codes: int8 (m, k), of at most 16 rows.
+        x_codes: int8 (m, k).
         x_scale: float32 (m, 1).
         codes: int8 (k, n).
         scale: float32 (n,).
@@ -147,8 +143,7 @@ def _multiply_anywhere(x, codes, *references, layout, warps, steps):
 
     *scales, out, strip, part = references
     columns = pl.ds(strip * warps.columns, warps.columns)
-    values = code_values.values(codes[:, columns], layout.values, interpret=True)
-    values = jnp.stack(values, axis=1).reshape(layout.shape[0], -1)
+    values = code_values.interpreted(codes[:, columns], layout.values)
     if scales and layout.block_size is not None:
         blocks, places = jnp.arange(layout.blocks)[:, None], strip * warps.columns + jnp.arange(warps.columns)[None]
         factors = scales_at([array[...] for array in scales], blocks, places, layout)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from keras_precision.kernels import codes as code_values
 from keras_precision.kernels import lanes
-from keras_precision.kernels.layout import LOG_OF_GROUP, Layout, expanded, group_of_scale
+from keras_precision.kernels.layout import Layout, group_in_registers, scales_at
 
 COLUMNS = 64
 """Columns of the weight that a warpgroup works on."""
@@ -75,24 +75,20 @@ def expanded_scales(codes, factors, block, column, layout: Layout, interpret: bo
         interpret: as in `decode`.
     """
     import jax.numpy as jnp
-    from jax.experimental import pallas as pl
 
     block = jnp.minimum(block, layout.blocks - 1)
     n_columns = 2 * COLUMNS
     if interpret:
-        absmax, offset, table = (factor[...] for factor in factors)
-        groups = group_of_scale(block, column + jnp.arange(n_columns), layout)
-        product = table[codes[block, pl.ds(column, n_columns)].astype("int32")] * absmax[groups]
-        return expanded(product, offset[0], layout)
+        return scales_at([array[...] for array in (codes, *factors)], block, column + jnp.arange(n_columns), layout)
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     place = plgpu.Layout.WG_STRIDED((n_columns,), vec_size=1)  # a thread has a column
 
     def in_lanes(context, block, column, codes, absmax, offset, table):
         block, column = (lanes.scalar(number) for number in (block, column))
-        column = lanes.add(column, lanes.Lane().of_warpgroup)
+        column = lanes.add(column, lanes.bits_and(lanes.thread_index(), n_columns - 1))
         code = lanes.load_byte(codes, lanes.add(lanes.times(block, layout.shape[1]), column))
-        group = lanes.shift_right(lanes.add(lanes.times(column, layout.blocks), block), LOG_OF_GROUP)
+        group = group_in_registers(lanes, block, column, layout)
         numbers = lanes.load(table, code), lanes.load(absmax, group), lanes.load(offset, lanes.integer(0))
         scale = lanes.expanded_scale(*numbers, layout.largest_scale)
         return lanes.array([scale], (n_columns,), place.to_mgpu(), "float32")
@@ -164,15 +160,13 @@ def transforms(dtype: str) -> tuple:
 
 def _decode_anywhere(codes, scales, half, layout, dtype):
     """As `decode`, with the columns in their order."""
-    import jax.numpy as jnp
     from jax.experimental import pallas as pl
 
     columns = pl.ds(half * COLUMNS, COLUMNS)
     packed = codes[:, columns]
     if dtype == lanes.INT8:
         return packed.T
-    values = code_values.values(packed, layout.values, interpret=True)
-    values = jnp.stack(values, axis=1).reshape(-1, COLUMNS)
+    values = code_values.interpreted(packed, layout.values)
     return (values if scales is None else values * scales[columns][None]).astype(dtype).T
 
 
@@ -267,8 +261,6 @@ def _write(out, sums, column_scales, row_scales, n_rows, dtype):
             if columns is not None:
                 numbers = [lanes.operation("mulf", a, b) for a, b in zip(numbers, columns, strict=True)]
             if row_scales is not None:
-                scale = lanes.load(
-                    row_scales, lanes.operation("minsi", row, lanes.operation("subi", n_rows, lanes.integer(1)))
-                )
+                scale = lanes.load(row_scales, lanes.least(row, lanes.add(n_rows, -1)))
                 numbers = [lanes.operation("mulf", number, scale) for number in numbers]
             lanes.store_pair(numbers, lanes.further(first, (8 * eight + place) * row_bytes), row, n_rows, dtype)

@@ -20,12 +20,8 @@ class Lane:
     """The place of a thread: numbers that are the same in each round of a loop, which the compiler finds out."""
 
     def __init__(self):
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, gpu
-
-        thread = arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x))
+        thread = thread_index()
         self.warp = bits_and(shift_right(thread, 5), 7)  # of the two warpgroups of a pair
-        self.of_warpgroup = bits_and(thread, 127)
         self.lane = bits_and(thread, 31)
         self.t = bits_and(thread, 3)
         g = shift_right(self.lane, 2)
@@ -42,7 +38,7 @@ class Lane:
                 modulo 8, or banks collide.
         """
         row = row_of(shift_right(self.lane, 3), bits_and(self.lane, 7))
-        part = _xor(self.warp, bits_and(row, 7))
+        part = exclusive_or(self.warp, bits_and(row, 7))
         offset = add(shift_left(row, 7), shift_left(part, 4))
         address = _as_integer(pointer(codes, add(offset, first * SWIZZLE)))
         text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
@@ -59,7 +55,7 @@ class Lane:
     def row_of_quads(self, matrix, place):
         """A lane t needs rows 4 t to 4 t + 3 of 16 in two matrices; where t > 1 the first has the latter two."""
         t = shift_right(place, 1)
-        is_swapped = _xor(bits_and(matrix, 1), shift_right(t, 1))
+        is_swapped = exclusive_or(bits_and(matrix, 1), shift_right(t, 1))
         in_16 = add(add(shift_left(t, 2), bits_and(place, 1)), shift_left(is_swapped, 1))
         return add(shift_left(shift_right(matrix, 1), 4), in_16)
 
@@ -75,6 +71,14 @@ class Lane:
         from jaxlib.mlir.dialects import llvm
 
         return llvm.load(ir.VectorType.get((2,), ir.F32Type.get()), pointer(reference, shift_left(place, 2)))
+
+
+def thread_index():
+    """Returns a thread's number in its program."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, gpu
+
+    return arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x))
 
 
 def choose(numbers, lane):
@@ -208,11 +212,13 @@ def extract(register, place):
 
 
 def integer(value):
-    """Returns an int32 of the program."""
+    """Returns an int32 of the program, of an int its lowest 32 bits."""
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith
 
-    return arith.constant(ir.IntegerType.get_signless(32), value) if isinstance(value, int) else value
+    if not isinstance(value, int):
+        return value
+    return arith.constant(ir.IntegerType.get_signless(32), (value + 2**31) % 2**32 - 2**31)
 
 
 def operation(name, *operands):
@@ -232,5 +238,6 @@ def _of_integers(name):
     return lambda a, b: operation(name, integer(a), integer(b))
 
 
-add, times, bits_and, _xor = map(_of_integers, ("addi", "muli", "andi", "xori"))
+add, times, bits_and, exclusive_or = map(_of_integers, ("addi", "muli", "andi", "xori"))
+quotient, remainder, least = map(_of_integers, ("divui", "remui", "minsi"))
 shift_left, shift_right = map(_of_integers, ("shli", "shrui"))

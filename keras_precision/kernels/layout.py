@@ -9,8 +9,6 @@ from keras_precision.kernels import codes as code_values
 
 SCALES_PER_BLOCK = 256
 """Double-quantized scales that share a factor, in the order of the transposed matrix."""
-LOG_OF_GROUP = SCALES_PER_BLOCK.bit_length() - 1
-"""By how many bits a scale's number is shifted to give that of its factor."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,11 @@ def expanded(product, offset, layout: Layout):
 def group_of_scale(block, column, layout: Layout):
     """Returns which factor a double-quantized scale has."""
     return (column * layout.blocks + block) // SCALES_PER_BLOCK
+
+
+def group_in_registers(t, block, column, layout: Layout):
+    """Returns what `group_of_scale` does, of numbers that `t` computes with: `lanes`, or a `Thread`."""
+    return t.shift_right(t.add(t.times(column, layout.blocks), block), SCALES_PER_BLOCK.bit_length() - 1)
 
 
 def with_plain_scales(scales, layout: Layout):

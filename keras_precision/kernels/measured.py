@@ -94,7 +94,7 @@ HOPPER_TILES = {
 }
 """What Hopper multiplies 16-bit activations by, where it can, before any plan.
 
-Kinds are those of `Layout`, but for codes whose scales are double-quantized, and int8 codes times "integers", int8 too.
+Kinds are those of `Layout`, but for "double-quantized" scales and for "integers", int8 codes times int8 codes.
 
 Chosen by the kernel's time in profiles, from fewer candidates than a plan's: one H100 80GB, jax 0.11.2, 4096 x 14336,
 bfloat16, 2026-11-23.

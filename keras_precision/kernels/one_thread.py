@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from keras_precision.kernels import lanes
-from keras_precision.kernels.layout import LOG_OF_GROUP, Layout
+from keras_precision.kernels.layout import Layout, group_in_registers
 
 BYTE_ROWS = 32
 """Rows of bytes that a warp works on between scales."""
@@ -127,7 +127,7 @@ def multiply(
         return [*sums, *_flat(held)]
 
     pairs = _pairs_to_write(t, threads, n_sums, [] if per_block else scales)
-    zeros = [t.number(0.0)] * n_sums
+    zeros = [t.zero()] * n_sums
     sums = t.loop(threads.rounds, step, [*zeros, *_flat(first)])[:n_sums]
     _write(t, shared, out, sums, pairs, threads, dtype, result)
 
@@ -195,9 +195,8 @@ def _read(t, threads, x, codes, scales, turn, place, half):
         else:
             of_blocks = t.load(scales[0], first, 0, warps.width // 4, exists)
             for i in range(warps.width):
-                number = t.add(t.times(t.add(threads.column, i), layout.blocks), block)
-                group = t.times(t.shift_right(number, LOG_OF_GROUP), 4)
-                of_blocks += t.load(scales[1], group, 0, 1, exists, keeps=True)
+                group = group_in_registers(t, block, t.add(threads.column, i), layout)
+                of_blocks += t.load(scales[1], t.times(group, 4), 0, 1, exists, keeps=True)
     return _Half(words, of_x, of_blocks)
 
 
@@ -220,7 +219,7 @@ def _added(t, sums, half, scales, threads, dtype, tables):
         of_x = half.of_x[threads.words_of_x * group :]
         for pair in range(threads.pairs):
             own = sums[len(found) : len(found) + 4]
-            total = [t.number(0.0)] * 4 if scales else own
+            total = [t.zero()] * 4 if scales else own
             for place, operand in enumerate(operands[pair]):
                 total = t.matrix_product(total, operand, of_x[each * place : each * (place + 1)], dtype)
             if scales:
@@ -303,12 +302,12 @@ def _operands(t, words, pair, width, layout, dtype, tables):
 
 def _of_bytes(t, both, place, dtype):
     """Returns the pair of floats of the int8 codes in a word's bytes `place` and the next."""
-    if dtype == "float16":  # 1024 + 128 + code
+    if dtype == "float16":  # 1024 + 128 + code, less that
         found = t.permute(t.exclusive_or(both, 0x80808080), 0x64646464, 0x4040 | place | place + 1 << 8)
-        return t.pairs_added(found, 0xE480E480, dtype)
+        return t.pairs_subtracted(found, 0x64806480, dtype)
     # 128 + the code's low 7 bits, less 128, or 256 where the code is negative.
     found = t.permute(both, 0x43434343, 0x4040 | place | place + 1 << 8)
-    return t.pairs_subtracted(t.masked(found, 0xFF7FFF7F), t.masked(found, 0xFF80FF80), dtype)
+    return t.pairs_subtracted(t.bits_and(found, 0xFF7FFF7F), t.bits_and(found, 0xFF80FF80), dtype)
 
 
 def _looked_up(t, word, byte, tables, which=0):

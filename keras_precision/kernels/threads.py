@@ -6,7 +6,6 @@ kernels with an object of the same methods that computes with arrays, an element
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -21,27 +20,12 @@ class Thread:
     """
 
     def __init__(self):
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, gpu
+        self.index = lanes.thread_index()
 
-        self.index = arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x))
-
-    add = staticmethod(lanes.add)
-    times = staticmethod(lanes.times)
-    shift_right = staticmethod(lanes.shift_right)
-    bits_and = staticmethod(lanes.bits_and)
-
-    def remainder(self, value, divisor: int):
-        """Returns value % divisor of numbers that are not negative."""
-        return lanes.operation("remui", value, lanes.integer(divisor))
-
-    def quotient(self, value, divisor: int):
-        """Returns value // divisor of numbers that are not negative."""
-        return lanes.operation("divui", value, lanes.integer(divisor))
-
-    def least(self, a, b):
-        """Returns the lesser of two numbers."""
-        return lanes.operation("minsi", lanes.integer(a), lanes.integer(b))
+    add, times, shift_right = map(staticmethod, (lanes.add, lanes.times, lanes.shift_right))
+    bits_and, exclusive_or = map(staticmethod, (lanes.bits_and, lanes.exclusive_or))
+    quotient, remainder, least = map(staticmethod, (lanes.quotient, lanes.remainder, lanes.least))
+    expanded_scale = staticmethod(lanes.expanded_scale)
 
     def is_less(self, value, end):
         """Returns 1 where value < end, 0 elsewhere."""
@@ -81,22 +65,9 @@ class Thread:
         """Returns 4 of the 8 bytes of a and b, the lowest named by the selector's lowest 4 bits."""
         return lanes.assembly([f"prmt.b32 $0, $1, $2, {selector};"], [lanes.integer(a), lanes.integer(b)], 1)[0]
 
-    def masked(self, a, mask: int):
-        """Returns a & mask."""
-        return lanes.bits_and(a, _signed(mask))
-
-    def exclusive_or(self, a, mask: int):
-        """Returns a ^ mask."""
-        return lanes.operation("xori", a, lanes.integer(_signed(mask)))
-
-    def pairs_added(self, a, b, dtype: str):
-        """Returns the sums of pairs of 16-bit floats."""
-        kind = lanes.PAIRS[dtype]
-        return lanes.assembly([f"add.rn.{kind} $0, $1, $2;"], [a, lanes.integer(_signed(b))], 1)[0]
-
     def pairs_subtracted(self, a, b, dtype: str):
         """Returns the differences of pairs of 16-bit floats."""
-        return lanes.assembly([f"sub.rn.{lanes.PAIRS[dtype]} $0, $1, $2;"], [a, b], 1)[0]
+        return lanes.assembly([f"sub.rn.{lanes.PAIRS[dtype]} $0, $1, $2;"], [a, lanes.integer(b)], 1)[0]
 
     def multiplied(self, a, b):
         """Returns the product of float32 numbers."""
@@ -109,10 +80,6 @@ class Thread:
     def multiplied_and_added(self, a, b, c):
         """Returns a * b + c of float32 numbers, rounded once."""
         return lanes.assembly(["fma.rn.f32 $0, $1, $2, $3;"], [a, b, c], 1)[0]
-
-    def expanded_scale(self, value, factor, offset, largest: float):
-        """Returns a double-quantized scale as a float32 number."""
-        return lanes.expanded_scale(value, factor, offset, largest)
 
     def choose(self, numbers: list[float], lane):
         """Returns the one of 16 float32 numbers whose place `lane` modulo 16 is."""
@@ -127,9 +94,9 @@ class Thread:
         """Returns two float32 numbers as a pair of 16-bit floats."""
         return lanes.assembly([f"cvt.rn.{lanes.PAIRS[dtype]}.f32 $0, $2, $1;"], [low, high], 1)[0]
 
-    def number(self, value: float):
-        """Returns a float32 number of the program."""
-        return lanes.integer(struct.unpack("<i", struct.pack("<f", value))[0])
+    def zero(self):
+        """Returns 0, as int32 and as float32."""
+        return lanes.integer(0)
 
     def matrix_product(self, sums: list, a: list, b: list, dtype: str) -> list:
         """Returns sums (16, 8) + a (16, 16) times b (16, 8), which a warp's threads hold together.
@@ -185,8 +152,3 @@ class Thread:
     def store_pair(self, reference, offset, numbers: list, exists, dtype: str) -> None:
         """Stores two float32 numbers side by side in global memory, rounded to a dtype, where exists is 1."""
         lanes.store_pair(numbers, lanes.pointer(reference, offset), lanes.integer(0), exists, dtype)
-
-
-def _signed(bits: int) -> int:
-    """Returns the int32 of 32 bits."""
-    return bits - 2**32 if bits >= 2**31 else bits

@@ -51,7 +51,7 @@ class Threads:
         # The warp that did so since the last barrier, or one of the others.
         self.storing, self.reading = (np.full(shared_words, NO_WARP) for _ in range(2))
 
-    bits_and, shift_right = staticmethod(np.bitwise_and), staticmethod(np.right_shift)
+    bits_and, exclusive_or, shift_right = map(staticmethod, (np.bitwise_and, np.bitwise_xor, np.right_shift))
     remainder, quotient, least = (staticmethod(f) for f in (np.remainder, np.floor_divide, np.minimum))
 
     def add(self, a, b):
@@ -81,17 +81,8 @@ class Threads:
         chosen = [of_both[selector >> 4 * place & 7] for place in range(4)]
         return sum(byte.astype("uint32") << 8 * place for place, byte in enumerate(chosen)).astype("uint32")
 
-    def masked(self, a, mask):
-        return a & np.uint32(mask)
-
-    def exclusive_or(self, a, mask):
-        return a ^ np.uint32(mask)
-
-    def pairs_added(self, a, b, dtype):
-        return packed(halves(a, dtype) + halves(np.full_like(a, b), dtype), dtype)
-
     def pairs_subtracted(self, a, b, dtype):
-        return packed(halves(a, dtype) - halves(b, dtype), dtype)
+        return packed(halves(a, dtype) - halves(np.broadcast_to(np.asarray(b, "uint32"), a.shape), dtype), dtype)
 
     def multiplied(self, a, b):
         return words(floats(a) * floats(b))
@@ -115,8 +106,8 @@ class Threads:
     def pair_of(self, low, high, dtype):
         return packed(np.stack([floats(low), floats(high)], axis=1), dtype)
 
-    def number(self, value):
-        return words(np.full(self.index.shape, value))
+    def zero(self):
+        return np.zeros(self.index.shape, "uint32")
 
     def matrix_product(self, sums, a, b, dtype):
         """As PTX's manual shows who has what."""
