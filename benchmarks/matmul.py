@@ -49,21 +49,32 @@ def keras_layers(name, k, n, count):
     return found
 
 
-def jax_call(name, k, n, count):
-    """Returns (function of the number of rows that returns one to time and one that waits, bytes of a weight)."""
+def jax_call(name, k, n, count, of_gradients=False):
+    """Returns (function of the number of rows that returns one to time and one that waits, bytes of a weight).
+
+    What is timed are the layers' outputs, or their gradients with respect to x.
+    """
     import jax
     import numpy as np
 
     layers = keras_layers(name, k, n, count)
     values = [([v.value for v in x.trainable_variables], [v.value for v in x.non_trainable_variables]) for x in layers]
 
+    def outputs(x, values):
+        return [layer.stateless_call(*own, x)[0] for layer, own in zip(layers, values, strict=True)]
+
+    def gradients(upstream, values):
+        x = jax.numpy.ones((upstream.shape[0], k), DTYPE)
+        found = []
+        for layer, own in zip(layers, values, strict=True):
+            _, backward = jax.vjp(lambda x, layer=layer, own=own: layer.stateless_call(*own, x)[0], x)
+            found += backward(upstream)
+        return found
+
     def prepared(rows):
-        x = jax.numpy.asarray(np.random.default_rng(0).standard_normal((rows, k), dtype="float32"), DTYPE)
-
-        def outputs(x, values):
-            return [layer.stateless_call(*own, x)[0] for layer, own in zip(layers, values, strict=True)]
-
-        compiled = jax.jit(outputs)
+        shape = rows, n if of_gradients else k
+        x = jax.numpy.asarray(np.random.default_rng(0).standard_normal(shape, dtype="float32"), DTYPE)
+        compiled = jax.jit(gradients if of_gradients else outputs)
         return lambda: compiled(x, values), jax.block_until_ready
 
     return prepared, sum(x.nbytes for own in values[0] for x in own)
@@ -136,9 +147,11 @@ def limits(size, samples):
     return 2 * large.nbytes / copying, 2 * size**3 / multiplying
 
 
-def measure(name: str, k: int, n: int, rows: list[int], count: int, samples: int, size: int) -> dict:
+def measure(
+    name: str, k: int, n: int, rows: list[int], count: int, samples: int, size: int, of_gradients: bool
+) -> dict:
     """Returns the seconds of a product for each number of rows, the bytes of a weight and the device's limits."""
-    prepared, nbytes = (torch_call if name in OTHERS else jax_call)(name, k, n, count)
+    prepared, nbytes = torch_call(name, k, n, count) if name in OTHERS else jax_call(name, k, n, count, of_gradients)
     seconds = []
     for m in rows:
         is_large = m >= ROWS_OF_LARGE_PRODUCTS
@@ -155,6 +168,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24, help="in one call")
     parser.add_argument("--samples", type=int, default=5, help="of some calls, of which the fastest counts")
     parser.add_argument("--size", type=int, default=8192, help="of the matrices that measure the device's limits")
+    parser.add_argument("--gradients", action="store_true", help="with respect to x, in place of products (not torch)")
     parser.add_argument("--only", type=lambda text: text.split(";"), help="subjects, by semicolons")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -164,9 +178,10 @@ def main() -> None:
     k, n = map(int, arguments.shape.split(","))
     rows = [int(m) for m in arguments.rows.split(",")]
     question = {"k": k, "n": n, "rows": rows, "count": arguments.layers}
-    question |= {"samples": arguments.samples, "size": arguments.size}
+    question |= {"samples": arguments.samples, "size": arguments.size, "of_gradients": arguments.gradients}
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    present = [name for name, module in OTHERS.items() if importlib.util.find_spec(module)]
+    others = {} if arguments.gradients else OTHERS
+    present = [name for name, module in others.items() if importlib.util.find_spec(module)]
     names = [BASE, *(arguments.only or [*OURS, *KERAS, *present])]
     answers = {}
     for name in names:
@@ -174,16 +189,17 @@ def main() -> None:
             worker.read()
             answers[name] = worker.ask(question)
         print(f"{name}:", *(f"{1e6 * x:.1f}" for x in answers[name]["seconds"]), file=sys.stderr, flush=True)
-    show(k, n, rows, answers)
+    product = f"Gradients (rows, {n}) times a transposed" if arguments.gradients else f"x (rows, {k}) times"
+    show(f"{product} ({k}, {n}), {DTYPE}", k, n, rows, answers)
 
 
-def show(k, n, rows, answers) -> None:
+def show(title, k, n, rows, answers) -> None:
     """Prints a row for each subject, with its times and their ratios to the base."""
     from rich.table import Table
 
     base = answers[BASE]
     bandwidth, rate = base["limits"]
-    table = Table(title=f"x (rows, {k}) times ({k}, {n}), {DTYPE}", caption_justify="left")
+    table = Table(title=title, caption_justify="left")
     table.caption = (
         f"{platform.machine()}. Microseconds, ratio to {BASE}, and the share of the device's bandwidth "
         f"({bandwidth / 1e12:.3f} TB/s copied) or of its matmul rate ({rate / 1e12:.1f} TFLOP/s), whichever is more."

@@ -19,8 +19,8 @@ FORMATS = ("nf4", "int4", "int8-weight-only")
 COUNT = 24  # weights in one call
 
 
-def tiles(rows):
-    """Yields what to try for so many rows of x."""
+def tiles(rows, kind):
+    """Yields what to try for so many rows of x and codes of a kind."""
     from keras_precision.kernels import device
     from keras_precision.kernels.one_thread import Warps
     from keras_precision.kernels.row_product import Strip
@@ -33,9 +33,10 @@ def tiles(rows):
                 yield from (Warps(columns, width, warps, ahead, 132 * 16 // warps) for ahead in (1, 2))
         batch = min(-(-rows // 8) * 8, 256)
         for parts, stages in ((1, 4), (1, 5), (2, 3), (2, 4), (2, 5), (4, 3), (4, 4), (4, 5), (8, 3)):
-            yield from (Slab(batch, parts, stages, cluster) for cluster in (1, 2))
-            if batch <= 64 and parts > 1:
-                yield Slab(batch, parts, stages, pairs=2)
+            for looks_up in (True, False) if kind == "whole" else (True,):
+                yield from (Slab(batch, parts, stages, cluster, looks_up=looks_up) for cluster in (1, 2))
+                if batch <= 64 and parts > 1:
+                    yield Slab(batch, parts, stages, pairs=2, looks_up=looks_up)
     if rows <= 2:
         for columns, runs, programs in itertools.product((128, 256, 512), (4, 8), (448, 896)):
             for reads in (4, 8):
@@ -105,7 +106,7 @@ def tune(name, k, n, rows, best) -> None:
             str(tile): lambda x, p, tile=tile: dispatch.product_by(tile)(
                 x, p["codes"], [p["scale"]], layout, tile, DTYPE
             )
-            for tile in tiles(m)
+            for tile in tiles(m, layout.kind)
         }
         for tile in decoding_tiles() if m == max(rows) else ():
             subjects[f"decoded, {tile}"] = lambda x, p, tile=tile: (

@@ -12,8 +12,8 @@ class Int8(Int8WeightOnly):
 
     def matmul(self, x, parts, shape, dtype):
         """Returns x times the weight, both in 8 bits; see `kernels.reference.integer_matmul`."""
-        multiply = dispatch.integer_products(x, parts["codes"])
-        return reference.integer_matmul(x, parts["codes"], parts["scale"], dtype, multiply)
+        products = dispatch.integer_products(x, parts["codes"])
+        return reference.integer_matmul(x, parts["codes"], parts["scale"], dtype, products)
 
 
 INT8 = register_format(Int8("int8", bits=8))

@@ -46,8 +46,8 @@ class LLMInt8(Int8WeightOnly):
 
     def matmul(self, x, parts, shape, dtype):
         """Returns x times the weight, mostly in 8 bits; see `kernels.reference.mixed_integer_matmul`."""
-        multiply = dispatch.integer_products(x, parts["codes"])
-        return reference.mixed_integer_matmul(x, parts["codes"], parts["scale"], self.threshold, dtype, multiply)
+        products = dispatch.integer_products(x, parts["codes"])
+        return reference.mixed_integer_matmul(x, parts["codes"], parts["scale"], self.threshold, dtype, products)
 
 
 LLM_INT8 = register_format(LLMInt8("llm-int8", bits=8))

@@ -33,8 +33,8 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
     else, and under `keras.distribution`, with what `decode` gives. Results
     differ from those by no more than `product` of `row_product`,
     `weight_only`, `few_rows` and `warpgroup` tells, beside the backend's
-    matmul precision. The gradient with respect to x is that of a product with
-    the decoded weight; codes and scales get none.
+    matmul precision. The gradient with respect to x is a product with the
+    transposed weight, decoded likewise; codes and scales get none.
 
     Args:
         x: float tensor (..., k).
@@ -69,8 +69,8 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
 
         def gradient(*arguments, upstream=None):
             (upstream,) = arguments if upstream is None else (upstream,)
-            weight = decoded(codes, scales, keras.backend.standardize_dtype(upstream.dtype))
-            return ops.cast(ops.matmul(upstream, ops.transpose(weight)), x.dtype), None, *[None] * len(scales)
+            found = _times_transposed(upstream, codes, scales, layout, decoded)
+            return ops.cast(found, x.dtype), None, *[None] * len(scales)
 
         return found, gradient
 
@@ -113,8 +113,18 @@ def _hopper_tile(kind, layout, rows, dtype):
     return measured.first_for(rows, tuple(pair for pair in tiles if _module(pair[1]).can_run(layout, dtype)))
 
 
-def integer_products(x, codes) -> Callable:
-    """Returns what multiplies int8 codes with those of x: `reference.scaled_products` or a faster function like it.
+def _times_transposed(x, codes, scales, layout, decoded):
+    """Returns x (m, n) times the transposed weight, in x's dtype; `decoded` is a function of (codes, scales, dtype)."""
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if device.has_wgmma() and warpgroup.can_run_transposed(layout, dtype):
+        slab = measured.first_for(x.shape[0], measured.TRANSPOSED_SLABS[layout.kind])
+        if slab is not None:
+            return warpgroup.transposed_product(x, codes, scales, layout, slab, dtype)
+    return ops.matmul(x, ops.transpose(decoded(codes, scales, dtype)))
+
+
+def integer_products(x, codes) -> reference.Products:
+    """Returns what multiplies int8 codes with those of x, and gradients with the weight that they stand for.
 
     Under JAX Hopper GPUs run a kernel of their own. On other NVIDIA GPUs from
     Ampere on few rows are multiplied by the kernel of `weight_only`, which sums
@@ -127,7 +137,19 @@ def integer_products(x, codes) -> Callable:
     """
     layout = Layout(tuple(codes.shape))
     if not can_run(x, codes, layout, "bfloat16"):
-        return reference.scaled_products
+        return reference.IN_OPERATIONS
+
+    def decoded(codes, scales, dtype):
+        return reference.decode_columns(codes, *scales, dtype)
+
+    def transposed(x, codes, scale):
+        return _times_transposed(x, codes, [scale], layout, decoded)
+
+    return reference.Products(_scaled_products(x, codes, layout), transposed)
+
+
+def _scaled_products(x, codes, layout):
+    """Returns the first of `integer_products`."""
     rows = math.prod(x.shape[:-1])
     fits = layout.shape[0] <= reference.ROWS_PER_SUM
     hopper_tile = _hopper_tile("integers", layout, rows, keras.backend.standardize_dtype(codes.dtype))

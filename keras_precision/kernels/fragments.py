@@ -8,13 +8,11 @@ warp's 16, as they lie side by side in memory: `ldmatrix` brings a lane its code
 from __future__ import annotations
 
 from keras_precision.kernels import codes as code_values
-from keras_precision.kernels import lanes
+from keras_precision.kernels import decoded_words, lanes
 from keras_precision.kernels.layout import Layout, group_in_registers, scales_at
 
 COLUMNS = 64
 """Columns of the weight that a warpgroup works on."""
-_EVERY_LANE = "0xffffffff"
-_WITHIN_16_LANES = "0x101f"
 
 
 def rows_of(dtype: str) -> int:
@@ -24,7 +22,7 @@ def rows_of(dtype: str) -> int:
     return lanes.SWIZZLE // jnp.dtype(dtype).itemsize
 
 
-def decode(codes, scales, half, layout: Layout, dtype: str, interpret: bool):
+def decode(codes, scales, half, layout: Layout, dtype: str, looks_up: bool, interpret: bool):
     """Returns the left operand: weights rounded to `dtype`, or int8 codes as they are.
 
     Args:
@@ -33,6 +31,7 @@ def decode(codes, scales, half, layout: Layout, dtype: str, interpret: bool):
         half: int32 scalar, 0 or 1: which half of the columns.
         layout: what the codes mean.
         dtype: "float16", "bfloat16", or `lanes.INT8`.
+        looks_up: see `decoded_words.codes_of`.
         interpret: True for what runs in Pallas's interpreter.
 
     Returns:
@@ -51,9 +50,7 @@ def decode(codes, scales, half, layout: Layout, dtype: str, interpret: bool):
         if is_int8:
             registers = _bytes_as_they_are(codes, lane)
         else:
-            pair = lane.pair(scales[0], lane.column) if scales else None
-            factors = [lanes.extract(pair, place) for place in range(2)] if scales else []
-            registers = _decoded(codes, factors, layout, dtype, lane)
+            registers = _decoded(codes, *scales or [None], lane, layout, dtype, looks_up)
         return lanes.array(registers, shape, operand.to_mgpu(), dtype)
 
     references = [codes, *([] if scales is None else [scales])]
@@ -70,14 +67,14 @@ def expanded_scales(codes, factors, block, column, layout: Layout, interpret: bo
         factors: references to the other arrays of double quantization; see
             `layout.scales_at`.
         block: int32 scalar, of rows; beyond the last, the last.
-        column: int32 scalar, the first of the columns.
+        column: int32 scalar, the first of the columns; beyond the last, the last 128.
         layout: of the weight.
         interpret: as in `decode`.
     """
     import jax.numpy as jnp
 
-    block = jnp.minimum(block, layout.blocks - 1)
     n_columns = 2 * COLUMNS
+    block, column = jnp.minimum(block, layout.blocks - 1), jnp.minimum(column, layout.shape[1] - n_columns)
     if interpret:
         return scales_at([array[...] for array in (codes, *factors)], block, column + jnp.arange(n_columns), layout)
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -185,45 +182,22 @@ def _write_anywhere(out, sums, half, column_scales, row_scales, n_rows, dtype):
             out[row, columns] = (found[row] * scale).astype(dtype)
 
 
-def _decoded(codes, factors, layout, dtype, lane):
+# What a lane makes of a word: pairs of two rows, of which each weight is (place of its code, its column).
+_PAIRS_OF_NIBBLES = [((2 * byte + 1, byte % 2), (2 * byte, byte % 2)) for byte in range(4)]
+_PAIRS_OF_BYTES = [((column, column), (2 + column, column)) for column in range(2)]
+
+
+def _decoded(tile, scales, lane, layout, dtype, looks_up):
     """Returns the registers of `decode` for a 16-bit operand, in wgmma's order: 8 rows, of which each column's pair."""
-    is_packed = layout.values is not None
-    own = lanes.choose([float(value) for value in layout.values], lane.lane) if is_packed else None
+    codes = decoded_words.codes_of(layout, lane, looks_up)
+    factors = [] if scales is None else lane.pair(scales, lane.column)
+    is_packed = layout.codes_per_byte == 2
+    pairs, row_of = (_PAIRS_OF_NIBBLES, lane.row_of_nibbles) if is_packed else (_PAIRS_OF_BYTES, lane.row_of_bytes)
     registers = []
     for first in range(0, rows_of(dtype) // layout.codes_per_byte, 32):
-        for word in lane.matrices(codes, first, lane.row_of_nibbles if is_packed else lane.row_of_bytes):
-            registers += _of_nibbles(word, own, factors, dtype) if is_packed else _of_bytes(word, factors, dtype)
+        for word in lane.matrices(tile, first, row_of):
+            registers += decoded_words.rounded_pairs(codes, word, pairs, factors, dtype)
     return registers
-
-
-def _of_nibbles(word, own, factors, dtype):
-    """Returns the pairs of weights of 4 bytes: those of both columns, and of both again 8 rows further.
-
-    A codebook's value lies in the lane whose number modulo 16 is the code: two
-    lookups in bytes of registers take a third more instructions (H100, 16 rows:
-    27 us, 21 with lanes), and half of each no less.
-    """
-    lines = [".reg .b32 code;", ".reg .f32 even, odd;"]
-    for byte in range(4):
-        for name, shift in (("even", 8 * byte + 4), ("odd", 8 * byte)):
-            lines += [f"shr.u32 code, $4, {shift};"]
-            # Only the code's four bits count; those above are ignored.
-            lines += [f"shfl.sync.idx.b32 {name}, $5, code, {_WITHIN_16_LANES}, {_EVERY_LANE};"]
-            lines += [f"mul.f32 {name}, {name}, ${6 + byte % 2};"] if factors else []
-        lines += [f"cvt.rn.{lanes.PAIRS[dtype]}.f32 ${byte}, odd, even;"]
-    return lanes.assembly(lines, [word, own, *factors], 4, has_side_effects=True)  # all lanes take part at once
-
-
-def _of_bytes(word, factors, dtype):
-    """Returns the pairs of weights of 4 int8 codes, which are those of both columns in two rows."""
-    # A float32 with the code in its mantissa's low bits is 2**23 + 128 + the code, of which 2**23 + 128 is taken.
-    lines = [".reg .b32 codes;", ".reg .f32 even, odd;", "xor.b32 codes, $2, 0x80808080;"]
-    for column in range(2):
-        for name, byte in (("even", column), ("odd", 2 + column)):
-            lines += [f"prmt.b32 {name}, codes, 0x4b000000, 0x744{byte};", f"add.f32 {name}, {name}, 0fcb000080;"]
-            lines += [f"mul.f32 {name}, {name}, ${3 + column};"] if factors else []
-        lines += [f"cvt.rn.{lanes.PAIRS[dtype]}.f32 ${column}, odd, even;"]
-    return lanes.assembly(lines, [word, *factors], 2)
 
 
 def _bytes_as_they_are(codes, lane):
@@ -250,8 +224,7 @@ def _write(out, sums, column_scales, row_scales, n_rows, dtype):
     first = lanes.pointer(out, lanes.add(lanes.times(lane.column, size), lanes.times(twice_t, row_bytes)))
     columns = None
     if column_scales is not None:
-        pair = lane.pair(column_scales, lane.column)
-        columns = [lanes.extract(pair, place) for place in range(2)]
+        columns = lane.pair(column_scales, lane.column)
     for eight, registers in enumerate(sums.registers.reshape(-1, 2)):
         for place in range(2):
             row = lanes.add(twice_t, 8 * eight + place)

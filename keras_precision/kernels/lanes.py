@@ -44,6 +44,22 @@ class Lane:
         text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
         return assembly([text], [address], 4, has_side_effects=True)
 
+    def two_bytes(self, codes, column, rows, which):
+        """Returns what a lane t has of 8 columns, bytes 2 t and 2 t + 1, as an int32.
+
+        Args:
+            codes: swizzled tile.
+            column: the first of the 8.
+            rows: that a lane has, 1 or 2, side by side: 8 or 16 a warp.
+            which: of them.
+        """
+        row = add(times(add(shift_left(self.warp, 3), shift_right(self.lane, 2)), rows), which)
+        part = exclusive_or(bits_and(row, 7), column >> 4)
+        offset = add(add(shift_left(row, 7), shift_left(part, 4)), shift_left(self.t, 1))
+        address = _as_integer(pointer(codes, add(offset, column & 15)))
+        lines = [".reg .b16 both;", "ld.shared.b16 both, [$1];", "cvt.u32.u16 $0, both;"]
+        return assembly(lines, [address], 1, has_side_effects=True)[0]
+
     def row_of_bytes(self, matrix, place):
         """Two rows after each other make a pair."""
         return add(shift_left(matrix, 3), place)
@@ -66,11 +82,12 @@ class Lane:
         return arith.select(_is_set(self.lane, 2), integer(yes), integer(no))
 
     def pair(self, reference, place):
-        """Returns two float32 numbers that follow each other in memory, as a vector."""
+        """Returns two float32 numbers that follow each other in memory."""
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import llvm
 
-        return llvm.load(ir.VectorType.get((2,), ir.F32Type.get()), pointer(reference, shift_left(place, 2)))
+        both = llvm.load(ir.VectorType.get((2,), ir.F32Type.get()), pointer(reference, shift_left(place, 2)))
+        return [extract(both, which) for which in range(2)]
 
 
 def thread_index():

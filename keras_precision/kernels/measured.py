@@ -69,16 +69,12 @@ PLANS = {
     ),
 }
 
-_CODEBOOK_FROM_17_ROWS = (
-    (32, Slab(32, 4, 5, pairs=2)),
-    (64, Slab(64, 4, 3, pairs=2)),
-    (128, Slab(128, 2, 5)),
-    (2048, Slab(256, 2, 3, cluster=2)),
-)
+_FROM_17_ROWS = ((32, Slab(32, 4, 5, pairs=2)), (64, Slab(64, 4, 3, pairs=2)), (128, Slab(128, 2, 5)))
+_FROM_129_ROWS = ((2048, Slab(256, 2, 3, cluster=2)),)
 HOPPER_TILES = {
-    "whole": ((16, Warps()), *_CODEBOOK_FROM_17_ROWS),
-    "table": ((16, Warps()), *_CODEBOOK_FROM_17_ROWS),
-    "double-quantized": ((8, Warps()), (16, Slab(16, 8, 3, pairs=2)), *_CODEBOOK_FROM_17_ROWS),
+    "whole": ((16, Warps()), *_FROM_17_ROWS, (2048, Slab(256, 2, 3, cluster=2, looks_up=False))),
+    "table": ((16, Warps()), *_FROM_17_ROWS, *_FROM_129_ROWS),
+    "double-quantized": ((8, Warps()), (16, Slab(16, 8, 3, pairs=2)), *_FROM_17_ROWS, *_FROM_129_ROWS),
     "bytes": (
         (16, Warps(64, 8, 8, programs=264)),
         (64, Slab(64, 2, 5)),
@@ -99,6 +95,28 @@ Kinds are those of `Layout`, but for "double-quantized" scales and for "integers
 Chosen by the kernel's time in profiles, from fewer candidates than a plan's: one H100 80GB, jax 0.11.2, 4096 x 14336,
 bfloat16, 2026-11-23.
 """
+
+TRANSPOSED_SLABS = {
+    "whole": (
+        (16, Slab(16, 4, 5, pairs=2)),
+        (64, Slab(64, 4, 3, pairs=2, looks_up=False)),
+        (128, Slab(128, 2, 4, cluster=2, looks_up=False)),
+        (2048, Slab(256, 2, 3, cluster=2, looks_up=False)),
+    ),
+    "table": (
+        (16, Slab(16, 4, 5, pairs=2)),
+        (64, Slab(64, 4, 3, pairs=2)),
+        (128, Slab(128, 2, 4, cluster=2)),
+        (1024, Slab(256, 2, 3, cluster=2)),
+    ),
+    "bytes": (
+        (16, Slab(16, 4, 3)),
+        (64, Slab(64, 2, 5)),
+        (256, Slab(128, 2, 4, cluster=2)),
+        (1024, Slab(256, 2, 2, cluster=2)),
+    ),
+}
+"""What Hopper multiplies 16-bit activations with a transposed weight by, where it can, and so gradients; chosen likewise."""
 
 ROWS_OF_INTEGER_PARTS = 1024
 """From so many rows on int8 codes are multiplied in parts of so many rows (4096 rows: 1,094 us whole and, in another run, 496 so)."""

@@ -1,6 +1,7 @@
 """Matmuls with 8-bit integer codes in keras.ops."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from keras import ops
 
@@ -57,7 +58,27 @@ def scaled_products(x_codes, x_scale, codes, scale, dtype: str):
     return ops.cast(sums * x_scale * scale, dtype)
 
 
-def integer_matmul(x, codes, scale, dtype: str, multiply: Callable = scaled_products):
+def times_transposed(x, codes, scale):
+    """Returns x (m, n) times the transposed weight scale * codes: (m, k), in x's dtype; see `scaled_products`."""
+    return ops.matmul(x, ops.transpose(decode_columns(codes, scale, x.dtype)))
+
+
+class Products(NamedTuple):
+    """What a device multiplies in its own way.
+
+    Attributes:
+        scaled: `scaled_products`, or a faster function like it.
+        transposed: `times_transposed`, or a faster function like it.
+    """
+
+    scaled: Callable = scaled_products
+    transposed: Callable = times_transposed
+
+
+IN_OPERATIONS = Products()
+
+
+def integer_matmul(x, codes, scale, dtype: str, products: Products = IN_OPERATIONS):
     """Returns x times the weight scale * codes, with x rounded to codes too, a scale per row.
 
     The gradient with respect to x is that of a product with the decoded weight,
@@ -68,7 +89,7 @@ def integer_matmul(x, codes, scale, dtype: str, multiply: Callable = scaled_prod
         codes: int8 tensor (k, n), in [-127, 127].
         scale: float32 tensor (n,).
         dtype: float dtype of the result.
-        multiply: what multiplies codes, `scaled_products` or a faster one.
+        products: what multiplies.
 
     Returns:
         Tensor (..., n).
@@ -81,17 +102,16 @@ def integer_matmul(x, codes, scale, dtype: str, multiply: Callable = scaled_prod
 
         def gradient(*arguments, upstream=None):
             (upstream,) = arguments if upstream is None else (upstream,)
-            weight = decode_columns(codes, scale, upstream.dtype)
-            return ops.cast(ops.matmul(upstream, ops.transpose(weight)), x.dtype), None, None
+            return ops.cast(products.transposed(upstream, codes, scale), x.dtype), None, None
 
-        return multiply(x_codes, x_scale, codes, scale, dtype), gradient
+        return products.scaled(x_codes, x_scale, codes, scale, dtype), gradient
 
     # Two axes, since Keras 3.15 on TensorFlow sums the products of an int8 vector in int8, where they wrap around.
     rows = product(ops.reshape(x, (-1, k)), codes, scale)
     return ops.reshape(rows, (*ops.shape(x)[:-1], n))
 
 
-def mixed_integer_matmul(x, codes, scale, threshold: float, dtype: str, multiply: Callable = scaled_products):
+def mixed_integer_matmul(x, codes, scale, threshold: float, dtype: str, products: Products = IN_OPERATIONS):
     """Returns what `integer_matmul` does, but with features of large activations not rounded.
 
     Args:
@@ -101,14 +121,14 @@ def mixed_integer_matmul(x, codes, scale, threshold: float, dtype: str, multiply
         threshold: a feature in which the magnitude of any row is greater is
             multiplied in `dtype` with the decoded weight.
         dtype: float dtype.
-        multiply: see `integer_matmul`.
+        products: what multiplies codes.
 
     Returns:
         Tensor (..., n).
     """
     is_large = ops.any(ops.abs(x) > threshold, axis=tuple(range(len(x.shape) - 1)))
     nothing = ops.zeros_like(x)
-    small = integer_matmul(ops.where(is_large, nothing, x), codes, scale, dtype, multiply)
+    small = integer_matmul(ops.where(is_large, nothing, x), codes, scale, dtype, products)
     large = ops.cast(ops.where(is_large, x, nothing), dtype)
     # Shapes can't follow data in compiled code, so that few large features cost as much as many; none cost nothing.
     return small + ops.cond(

@@ -18,8 +18,8 @@ from keras_precision.kernels import fragments, lanes
 from keras_precision.kernels.compiled import jitted
 from keras_precision.kernels.layout import Layout, vectors
 from keras_precision.kernels.partial_sums import added, split
+from keras_precision.kernels.weight_tiles import OUTPUTS, Straight, Transposed
 
-_COLUMNS = 2 * fragments.COLUMNS
 # Of a thread that fetches and of one that multiplies, by pairs of warpgroups; together at most what a program starts
 # with: 168 for each of 384 threads, 96 of 640.
 _REGISTERS = {1: (40, 232), 2: (24, 112)}
@@ -40,6 +40,8 @@ class Slab:
             registers for a batch of 64.
         programs: so many run, or fewer, where k may be split; an H100 has 132
             multiprocessors.
+        looks_up: whether 4-bit codes of whole numbers in a row are looked up,
+            as those of codebooks are, or computed.
     """
 
     batch: int
@@ -48,6 +50,7 @@ class Slab:
     cluster: int = 1
     pairs: int = 1
     programs: int = 132
+    looks_up: bool = True
 
 
 def can_run(layout: Layout, dtype: str) -> bool:
@@ -55,7 +58,12 @@ def can_run(layout: Layout, dtype: str) -> bool:
     k, n = layout.shape
     rows = fragments.rows_of(dtype)
     has_blocks = layout.block_size is None or layout.block_size % rows == 0
-    return dtype in ("float16", "bfloat16", lanes.INT8) and has_blocks and k % rows == n % _COLUMNS == 0
+    return dtype in ("float16", "bfloat16", lanes.INT8) and has_blocks and k % rows == n % OUTPUTS == 0
+
+
+def can_run_transposed(layout: Layout, dtype: str) -> bool:
+    """Returns whether `transposed_product` multiplies such a weight, with blocks of a power of two, and such activations."""
+    return dtype != lanes.INT8 and can_run(layout, dtype) and layout.shape[0] % OUTPUTS == 0
 
 
 def product(
@@ -95,6 +103,31 @@ def product(
     return jitted(_product, tuple(static))(x, codes, tuple(scales), None, **static)
 
 
+def transposed_product(x, codes, scales: Sequence, layout: Layout, slab: Slab, dtype: str, interpret: Any = None):
+    """Returns x times the transposed weight: the gradient of `product` with respect to its x, where x is that of its result.
+
+    With weights as in `product`, scaled in float32 and rounded to `dtype`; an
+    element differs from the exact product by at most
+    sum |x| |weight| (v + (n + 3) u), and one more rounding to `dtype`.
+
+    Args:
+        x: tensor (m, n) of `dtype`.
+        codes: as in `product`.
+        scales: likewise, and at least one.
+        layout: of the weight (k, n); see `can_run_transposed`.
+        slab: what a program works on.
+        dtype: "float16" or "bfloat16".
+        interpret: as in `product`.
+
+    Returns:
+        Tensor (m, k).
+    """
+    if layout.block_size is None:  # all rows are one block
+        scales, layout = [scales[0][None]], dataclasses.replace(layout, block_size=layout.shape[0])
+    static = {"layout": layout, "slab": slab, "result": dtype, "interpret": interpret, "tiling": Transposed}
+    return jitted(_product, tuple(static))(x, codes, tuple(scales), None, **static)
+
+
 def integer_product(x_codes, x_scale, codes, scale, dtype: str, slab: Slab, interpret: Any = None):
     """Returns x_scale * scale * (x_codes times codes), added up in int32.
 
@@ -118,27 +151,27 @@ def integer_product(x_codes, x_scale, codes, scale, dtype: str, slab: Slab, inte
     return jitted(_product, tuple(static))(x_codes, codes, (scale,), x_scale, **static)
 
 
-def _product(x, codes, scales, x_scale, *, layout, slab, result, interpret):
+def _product(x, codes, scales, x_scale, *, layout, slab, result, interpret, tiling=Straight):
     import jax.numpy as jnp
 
-    (k, n), m = layout.shape, x.shape[0]
-    rows = fragments.rows_of(x.dtype.name)
+    m, (contracted, outputs) = x.shape[0], (layout.shape[axis] for axis in tiling.axes)
+    depth = fragments.rows_of(x.dtype.name)
     # Rows of x are copied eight at a time, and read as zeros beyond the last.
     multiple = slab.batch if interpret is not None else 8 if m > 8 else 1
     x = jnp.pad(x, ((0, -m % multiple), (0, 0)))
-    programs = -(-m // slab.batch) * n // _COLUMNS
-    parts = slab.parts
-    while parts > slab.pairs and -(-k // (rows * parts)) * programs < slab.programs:
+    programs = -(-m // slab.batch) * outputs // OUTPUTS
+    parts = max(slab.parts, tiling.least_parts)
+    while parts > max(slab.pairs, tiling.least_parts) and -(-contracted // (depth * parts)) * programs < slab.programs:
         parts //= 2
-    slab = dataclasses.replace(slab, parts=parts)
-    # Rows of the weight beyond the last are read as zeros.
-    splits, steps_each = split(-(-k // (rows * parts)), slab.programs // programs)
+    tiles = tiling(layout, x.dtype.name, parts, slab.looks_up)
+    # What is contracted beyond the last is read as zeros.
+    splits, steps_each = split(-(-contracted // (depth * parts)), slab.programs // programs)
     if splits > 1:
-        sums = _run(x, codes, scales, None, m, layout, slab, "float32", interpret, splits, steps_each)
-        found = added(sums, (m, n), scales, layout, "float32")
+        sums = _run(x, codes, scales, None, m, tiles, slab, "float32", interpret, splits, steps_each)
+        found = added(sums, (m, outputs), scales, layout, "float32")
         return (found if x_scale is None else found * x_scale).astype(result)
     x_scale = None if x_scale is None else x_scale[:, 0]
-    return _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, 1, steps_each)[0]
+    return _run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, 1, steps_each)[0]
 
 
 def _loaded(sums, place):
@@ -151,24 +184,21 @@ def _loaded(sums, place):
         return plgpu.load(sums, (place,), layout=plgpu.Layout.WGMMA, optimized=False)
 
 
-def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, steps):
-    """Returns sums (splits, m, n), scaled where there is but one part of them or a block has a scale."""
+def _run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, steps):
+    """Returns sums (splits, m, outputs), scaled where there is but one part of them or a block has a scale."""
     import jax
     import jax.numpy as jnp
     from jax import lax
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    n, dtype = layout.shape[1], x.dtype.name
-    batch, parts, pairs, stages = slab.batch, slab.parts, slab.pairs, min(slab.stages, steps)
-    rows = fragments.rows_of(dtype)
-    byte_rows = rows // layout.codes_per_byte
-    column_programs = n // _COLUMNS
+    layout, dtype, parts, depth = tiles.layout, tiles.dtype, tiles.parts, tiles.depth
+    batch, pairs, stages = slab.batch, slab.pairs, min(slab.stages, steps)
+    outputs = layout.shape[tiles.axes[1]]
+    programs = outputs // OUTPUTS
     total_dtype, interpreted = "int32" if dtype == lanes.INT8 else "float32", interpret is not None
-    cluster = slab.cluster if column_programs % slab.cluster == 0 else 1
+    cluster = slab.cluster if programs % slab.cluster == 0 else 1
     per_block = layout.block_size is not None
-    # Blocks lie within a step, or steps within a block.
-    blocks = max(1, rows * parts // layout.block_size) if per_block else 1
     with_columns, with_rows = splits == 1 and not per_block and bool(scales), x_scale is not None
     scales = vectors(scales) if per_block or with_columns else []
     arrays = [x, codes, *scales, *([x_scale] if with_rows else ())]
@@ -182,22 +212,17 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
         row_scales = next(refs) if with_rows else None
         out_ref = next(refs)
         warpgroup, part, row_program = map(lax.axis_index, ("warpgroup", "part", "row_program"))
-        column_program = lax.axis_index("column_program")
+        program = lax.axis_index("program")
         if cluster > 1:
-            column_program = column_program * cluster + lax.axis_index("cluster")
-        columns = pl.ds(column_program * _COLUMNS, _COLUMNS)
+            program = program * cluster + lax.axis_index("cluster")
+        own_outputs = pl.ds(program * OUTPUTS, OUTPUTS)
         rows_of_x = pl.ds(row_program * batch, batch)
         first = part * steps
 
         def fetch(step, _):
             slot, place = lax.rem(step, stages), first + step
-            block = lax.div(place * parts * rows, layout.block_size) if per_block else 0
-            column = column_program * _COLUMNS
             # Read before there is room for them, so that it takes no time once there is.
-            of_blocks = [
-                fragments.expanded_scales(scales_ref, factors, block + i, column, layout, interpreted)
-                for i in range(blocks if factors else 0)
-            ]
+            expanded = tiles.expanded_scales(scales_ref, factors, place, program, interpreted) if factors else []
 
             @pl.when(step >= stages)
             def _():
@@ -206,15 +231,16 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
             def copy(source, target, together=None):
                 plgpu.copy_gmem_to_smem(source, target, full.at[slot], collective_axes=together)
 
-            copy(codes_ref.at[pl.ds(place * parts * byte_rows, parts * byte_rows), columns], code_tiles.at[slot])
+            for i, place_of_codes in enumerate(tiles.codes_at(place, program)):
+                copy(codes_ref.at[place_of_codes], code_tiles.at[slot, i])
             if factors:
-                for i, scale in enumerate(of_blocks):
-                    scale_tiles[slot, i] = scale
+                for place_of_scales, scale in expanded:
+                    scale_tiles[slot, *place_of_scales] = scale
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(full.at[slot])
             elif per_block:
-                copy(scales_ref.at[pl.ds(block, blocks), columns], scale_tiles.at[slot])
-            of_x = x_ref.at[rows_of_x, pl.ds(place * parts * rows, parts * rows)]
+                copy(scales_ref.at[tiles.scales_at(place, program)], scale_tiles.at[slot])
+            of_x = x_ref.at[rows_of_x, pl.ds(place * parts * depth, parts * depth)]
             copy(of_x, x_tiles.at[slot], "cluster" if cluster > 1 else None)
 
         @pl.when(warpgroup == 2 * pairs)
@@ -230,9 +256,8 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
 
         def decoded(step, place):
             slot = lax.rem(step, stages)
-            tile = code_tiles.at[slot, pl.ds(place * byte_rows, byte_rows)]
-            scale = scale_tiles.at[slot, place * blocks // parts] if per_block else None
-            return fragments.decode(tile, scale, half, layout, dtype, interpreted)
+            scales = scale_tiles.at[slot] if per_block else None
+            return tiles.operand(code_tiles.at[slot], scales, place, half, interpreted)
 
         def multiply(own, sums):
             own_places = range(own, parts, pairs)
@@ -240,7 +265,7 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
             def step(i, operand, is_last=False):
                 slot, following = lax.rem(i, stages), lax.rem(i + 1, stages)
                 for place in own_places:
-                    of_x = x_tiles.at[slot, :, pl.ds(place * rows, rows)]
+                    of_x = x_tiles.at[slot, :, pl.ds(place * depth, depth)]
                     fragments.add_product(sums, operand, of_x, interpreted)
                     if place == own:
 
@@ -278,10 +303,10 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
                 plgpu.barrier_wait(complete)
                 found += others_sums[half] if interpreted else _loaded(others_sums, half)
             fragments.write(
-                out_ref.at[part, rows_of_x, columns],
+                out_ref.at[part, rows_of_x, own_outputs],
                 found,
                 half,
-                scales_ref.at[columns] if with_columns else None,
+                scales_ref.at[own_outputs] if with_columns else None,
                 row_scales.at[rows_of_x] if with_rows else None,
                 m - row_program * batch,
                 result,
@@ -304,19 +329,19 @@ def _run(x, codes, scales, x_scale, m, layout, slab, result, interpret, splits, 
         empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
     run = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((splits, m, n), result),
-        grid=(column_programs // cluster, splits, -(-m // batch)),
-        grid_names=("column_program", "part", "row_program"),
+        out_type=jax.ShapeDtypeStruct((splits, m, outputs), result),
+        grid=(programs // cluster, splits, -(-m // batch)),
+        grid_names=("program", "part", "row_program"),
         num_threads=2 * pairs + 1,
         thread_name="warpgroup",
         scratch_types={
-            "x_tiles": plgpu.SMEM((stages, batch, parts * rows), x.dtype, transforms=fragments.transforms(dtype)),
+            "x_tiles": plgpu.SMEM((stages, batch, parts * depth), x.dtype, transforms=fragments.transforms(dtype)),
             "code_tiles": plgpu.SMEM(
-                (stages, parts * byte_rows, _COLUMNS), codes.dtype, transforms=fragments.transforms("uint8")
+                (stages, *tiles.code_tiles), codes.dtype, transforms=fragments.transforms("uint8")
             ),
-            "full": plgpu.Barrier(num_arrivals=3 if per_block else 2, num_barriers=stages),
+            "full": plgpu.Barrier(num_arrivals=tiles.code_tiles[0] + 1 + per_block, num_barriers=stages),
             "empty": empty(num_arrivals=2 * pairs, num_barriers=stages),
-            **({"scale_tiles": plgpu.SMEM((stages, blocks, _COLUMNS), "float32")} if per_block else {}),
+            **({"scale_tiles": plgpu.SMEM((stages, *tiles.scale_tile), "float32")} if per_block else {}),
             **({"others_sums": plgpu.SMEM((2, fragments.COLUMNS, batch), total_dtype)} if pairs > 1 else {}),
             **({"all_sums": plgpu.SMEM((2 * pairs, fragments.COLUMNS, batch), total_dtype)} if interpreted else {}),
             **({"complete": plgpu.Barrier(num_arrivals=2)} if pairs > 1 else {}),

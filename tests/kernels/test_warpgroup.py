@@ -1,4 +1,4 @@
-"""Products by Hopper's matrix units: interpreted, against float64 arithmetic; what lanes read, emulated; lowered."""
+"""Products by Hopper's matrix units: interpreted, against float64 arithmetic; lowered."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from keras import ops
 from interpreting import interpreter
 from stored_weights import UNIT, numbers, scales_of, stored, tensors
 
-from keras_precision.kernels import device, dispatch, lanes, measured, reference, warpgroup
+from keras_precision.kernels import device, measured, reference, warpgroup
 from keras_precision.kernels.layout import Layout
 from keras_precision.kernels.warpgroup import Slab
 
@@ -43,6 +43,31 @@ def test_products(name, rows, shape, slab, dtype):
     assert (np.abs(numbers(found) - x @ weight) <= bound + UNIT["float32"] * np.abs(x @ weight)).all()
 
 
+# Two rows of blocks in a program and one, several tiles a step, columns split among programs and not.
+@pytest.mark.parametrize(
+    "name, rows, shape, slab, dtype",
+    [
+        ("nf4", 3, (256, 256), Slab(8, 2, 2, programs=1), "bfloat16"),
+        ("nf4", 9, (128, 384), Slab(8, 2, 2, programs=4), "float16"),
+        ("int4/128", 1, (256, 128), Slab(8, 2, 2, pairs=2, programs=1), "bfloat16"),
+        ("nf4-dq", 2, (128, 640), Slab(8, 4, 2, pairs=2, programs=1), "bfloat16"),
+        ("int8-weight-only", 5, (384, 128), Slab(8, 1, 3, programs=1), "float16"),
+    ],
+)
+def test_transposed_products(name, rows, shape, slab, dtype):
+    codec, parts, weight = stored(name, *shape)
+    layout = codec.layout(shape)
+    assert warpgroup.can_run_transposed(layout, dtype)
+    x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((rows, shape[1]), dtype="float32"), dtype)
+    arrays = parts["codes"], scales_of(parts), layout
+    found = warpgroup.transposed_product(x, *arrays, slab, dtype, interpret=interpreter())
+    assert found.shape == (rows, shape[0]) and found.dtype == dtype
+    x, exact = numbers(x), numbers(x) @ weight.T
+    # The bound that `transposed_product` documents.
+    bound = np.abs(x) @ np.abs(weight).T * (UNIT[dtype] + (shape[1] + 3) * 2.0**-24)
+    assert (np.abs(numbers(found) - exact) <= bound + UNIT[dtype] * (np.abs(exact) + bound)).all()
+
+
 @pytest.mark.parametrize("programs", [1, 4])
 def test_integer_products_are_exact(programs):
     _, parts, _ = stored("int8", 384, 128)
@@ -56,61 +81,6 @@ def test_integer_products_are_exact(programs):
     np.testing.assert_allclose(numbers(found), numbers(reference.scaled_products(*arguments)), rtol=3e-7)
 
 
-def emulate(monkeypatch):
-    """Lets `lanes` compute with Python's integers."""
-    operations = {
-        "addi": int.__add__,
-        "muli": int.__mul__,
-        "andi": int.__and__,
-        "xori": int.__xor__,
-        "shli": int.__lshift__,
-        "shrui": int.__rshift__,
-    }
-    monkeypatch.setattr(lanes, "integer", lambda value: value)
-    monkeypatch.setattr(lanes, "operation", lambda name, a, b: operations[name](a, b))
-
-
-def lane_of(thread):
-    """A lane as `Lane` makes it of a thread's number."""
-    lane = object.__new__(lanes.Lane)
-    lane.lane, lane.warp, lane.t = thread & 31, thread >> 5 & 7, thread & 3
-    return lane
-
-
-@pytest.mark.parametrize("row_of", ["row_of_bytes", "row_of_nibbles", "row_of_quads"])
-def test_lanes_read_the_rows_that_they_multiply(monkeypatch, row_of):
-    """ldmatrix gives the lane 4 g + t of each matrix the pairs of bytes g of its rows 2 t and 2 t + 1."""
-    emulate(monkeypatch)
-    rows = [[getattr(lane_of(0), row_of)(matrix, place) for place in range(8)] for matrix in range(4)]
-    assert sorted(sum(rows, [])) == list(range(32))
-    assert all(len({row % 8 for row in of_matrix}) == 8 for of_matrix in rows)  # banks don't collide
-    for t in range(4):
-        read = [tuple(of_matrix[2 * t : 2 * t + 2]) for of_matrix in rows]
-        if row_of == "row_of_bytes":  # of 16 rows, wgmma's lane t multiplies 2 t, 2 t + 1, and both 8 further
-            assert read == [(8 * matrix + 2 * t, 8 * matrix + 2 * t + 1) for matrix in range(4)]
-        elif row_of == "row_of_nibbles":  # bytes of two rows: rows t and t + 4 of bytes
-            assert read == [(8 * matrix + t, 8 * matrix + t + 4) for matrix in range(4)]
-        else:  # 4 t to 4 t + 3 of 16, the latter first where t > 1
-            for matrix in (0, 2):
-                both = read[matrix : matrix + 2] if t < 2 else read[matrix : matrix + 2][::-1]
-                assert sum(both, ()) == tuple(range(8 * matrix + 4 * t, 8 * matrix + 4 * t + 4))
-
-
-def test_swizzled_addresses(monkeypatch):
-    """Each lane's address is that of its row's 16 bytes, where a copy with a swizzle of 128 bytes puts them."""
-    emulate(monkeypatch)
-    addresses = []
-    monkeypatch.setattr(lanes, "pointer", lambda reference, offset: offset)
-    monkeypatch.setattr(lanes, "_as_integer", lambda address: address)
-    monkeypatch.setattr(lanes, "assembly", lambda lines, inputs, *others, **options: addresses.extend(inputs))
-    for thread in range(256):
-        lane = lane_of(thread)
-        lane.matrices(None, 32, lane.row_of_bytes)
-    for thread, address in enumerate(addresses):
-        row, part = 32 + thread % 32, thread // 32
-        assert address == 128 * row + 16 * (part ^ row % 8)
-
-
 def test_what_can_run():
     assert warpgroup.can_run(Layout((4096, 14336), (0.0,) * 16, 64), "bfloat16")
     assert warpgroup.can_run(Layout((192, 128)), "float16")
@@ -118,6 +88,9 @@ def test_what_can_run():
     assert not any(warpgroup.can_run(Layout(shape), "bfloat16") for shape in [(100, 128), (128, 100)])
     assert not warpgroup.can_run(Layout((4096, 128), (0.0,) * 16, 32), "bfloat16")
     assert not warpgroup.can_run(Layout((4096, 128)), "float32")
+    assert warpgroup.can_run_transposed(Layout((256, 128), (0.0,) * 16, 64), "bfloat16")
+    assert not warpgroup.can_run_transposed(Layout((192, 128), (0.0,) * 16, 64), "bfloat16")
+    assert not warpgroup.can_run_transposed(Layout((256, 128)), "int8")
 
 
 @pytest.mark.parametrize(
@@ -146,10 +119,11 @@ def on_hopper(monkeypatch):
 
     monkeypatch.setattr(device, "has_triton", lambda: True)
     monkeypatch.setattr(device, "has_wgmma", lambda: True)
-    for name in ("product", "integer_product"):
+    for name in ("product", "transposed_product", "integer_product"):
         monkeypatch.setattr(warpgroup, name, interpreted(getattr(warpgroup, name)))
     slabs = ((8, Slab(8, 1, 2, programs=1)),)
-    monkeypatch.setattr(measured, "HOPPER_TILES", dict.fromkeys(measured.HOPPER_TILES, slabs))
+    for name in ("HOPPER_TILES", "TRANSPOSED_SLABS"):
+        monkeypatch.setattr(measured, name, dict.fromkeys(getattr(measured, name), slabs))
     return calls
 
 
@@ -162,31 +136,67 @@ def test_dispatch(on_hopper, name, kernel):
     np.testing.assert_allclose(numbers(found), numbers(x) @ weight, rtol=0.02, atol=0.5)
 
 
+@pytest.mark.parametrize("name", ["nf4", "int8-weight-only", "int8", "llm-int8"])
+def test_dispatch_of_gradients(on_hopper, name):
+    import jax
+
+    codec, parts, weight = stored(name, 128, 256)
+    draw = np.random.default_rng(0)
+    x, upstream = (jax.numpy.asarray(draw.standard_normal((2, 3, size)), "bfloat16") for size in (128, 256))
+    _, gradient = jax.vjp(lambda x: codec.matmul(x, tensors(parts), (128, 256), "bfloat16"), x)
+    (found,) = gradient(upstream)
+    assert on_hopper.count("transposed_product") == 1 and found.shape == x.shape and found.dtype == "bfloat16"
+    np.testing.assert_allclose(numbers(found), numbers(upstream) @ weight.T, rtol=0.02, atol=0.7)
+
+
+def slabs_of(tiles):
+    """(Rows, slab) as a large weight takes it, of which each program has all rows, and as one that several share."""
+    for greatest, slab in tiles:
+        if isinstance(slab, Slab):
+            yield from ((int(min(greatest, 300)), each) for each in (dataclasses.replace(slab, programs=1), slab))
+
+
+def lowered_kernels(function, *arguments):
+    """How many kernels a function becomes for CUDA."""
+    import jax
+
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("stablehlo.custom_call @mosaic_gpu")
+
+
+@pytest.mark.parametrize("kind", measured.TRANSPOSED_SLABS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_measured_transposed_slabs_lower_for_cuda(kind, dtype):
+    names = {"whole": "int4", "table": ["nf4", "nf4-dq"], "bytes": "int8-weight-only"}
+    for name in np.atleast_1d(names[kind]):
+        codec, parts, _ = stored(name, 256, 2048)
+        slabs = list(slabs_of(measured.TRANSPOSED_SLABS[kind]))
+
+        def products(parts, codec=codec, slabs=slabs):
+            for rows, slab in slabs:
+                x, layout = ops.ones((rows, 2048), dtype), codec.layout((256, 2048))
+                yield warpgroup.transposed_product(x, parts["codes"], scales_of(parts), layout, slab, dtype)
+
+        assert lowered_kernels(lambda parts: list(products(parts)), tensors(parts)) == len(slabs)
+
+
 @pytest.mark.parametrize("kind", measured.HOPPER_TILES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_measured_slabs_lower_for_cuda(kind, dtype):
-    import jax
-
     names = {"whole": "int4", "table": "nf4", "double-quantized": "nf4-dq"}
     name = (names | {"bytes": "int8-weight-only", "integers": "int8"})[kind]
     codec, parts, _ = stored(name, 2048, 256)
-    slabs = [(greatest, tile) for greatest, tile in measured.HOPPER_TILES[kind] if isinstance(tile, Slab)]
+    slabs = list(slabs_of(measured.HOPPER_TILES[kind]))
 
     def products(parts):
-        for greatest, slab in slabs:
-            rows = int(min(greatest, 300))
-            # As a large weight takes it, of which each program has all rows, and one that several programs share.
-            for each in (dataclasses.replace(slab, programs=1), slab):
-                if kind == "integers":
-                    x, scale = jax.numpy.ones((rows, 2048), "int8"), jax.numpy.ones((rows, 1))
-                    found = warpgroup.integer_product(x, scale, parts["codes"], parts["scale"], dtype, each)
-                else:
-                    x, layout = jax.numpy.ones((rows, 2048), dtype), codec.layout((2048, 256))
-                    found = dispatch.product_by(each)(x, parts["codes"], scales_of(parts), layout, each, dtype)
-                assert found.shape == (rows, 256)
-                yield found
+        for rows, slab in slabs:
+            if kind == "integers":
+                x, scale = ops.ones((rows, 2048), "int8"), ops.ones((rows, 1))
+                found = warpgroup.integer_product(x, scale, parts["codes"], parts["scale"], dtype, slab)
+            else:
+                x, layout = ops.ones((rows, 2048), dtype), codec.layout((2048, 256))
+                found = warpgroup.product(x, parts["codes"], scales_of(parts), layout, slab, dtype)
+            assert found.shape == (rows, 256)
+            yield found
 
-    text = (
-        jax.jit(lambda parts: list(products(parts))).trace(tensors(parts)).lower(lowering_platforms=("cuda",)).as_text()
-    )
-    assert text.count("stablehlo.custom_call @mosaic_gpu") == 2 * len(slabs)
+    assert lowered_kernels(lambda parts: list(products(parts)), tensors(parts)) == len(slabs)

@@ -173,7 +173,8 @@ def test_int8_activations_in_parts(monkeypatch):
     codec, parts, _ = stored("int8", 128, 32)
     x = activations(10, 128, "float32")
     arrays = tensors(parts)
-    found = reference.integer_matmul(x, arrays["codes"], arrays["scale"], "float32", dispatch.scaled_products_in_parts)
+    products = reference.Products(dispatch.scaled_products_in_parts)
+    found = reference.integer_matmul(x, arrays["codes"], arrays["scale"], "float32", products)
     expected = reference.integer_matmul(x, arrays["codes"], arrays["scale"], "float32")
     np.testing.assert_array_equal(numbers(found), numbers(expected))
 

@@ -1,0 +1,133 @@
+"""What lanes hold of tiles for Hopper's matrix units: their code run for a pair of warpgroups, an element a thread."""
+
+import operator
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from ptx import LANES, executed
+
+from keras_precision.formats import FORMATS
+from keras_precision.kernels import fragments, lanes, transposed_fragments
+from keras_precision.kernels.layout import Layout
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
+THREADS = 256
+WARP, LANE = np.divmod(np.arange(THREADS), LANES)
+G, T = np.divmod(LANE, 4)
+DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+LAYOUTS = {
+    "nf4": Layout((256, 256), FORMATS["nf4"].codebook.values, 64),
+    "int4": Layout((256, 256), FORMATS["int4"].codebook.values, 64),
+    "int8": Layout((256, 256)),
+}
+
+
+class Tile:
+    """A tile in shared memory, as a copy with a swizzle of 128 bytes leaves it."""
+
+    def __init__(self, codes):
+        row, column = np.indices(codes.shape)
+        self.bytes = np.zeros(codes.size, "uint8")
+        self.bytes[128 * row + 16 * (column // 16 ^ row % 8) + column % 16] = codes.view("uint8")
+
+    def halfwords(self, addresses):
+        """The two bytes at each address; its parity is a multiple of theirs."""
+        assert not (addresses % 2).any()
+        return self.bytes.view("uint16")[addresses // 2].astype("uint32")
+
+    def ldmatrix(self, addresses):
+        """ldmatrix.x4.trans: a lane 4 g + t has of each matrix the pairs of bytes g of its rows 2 t and 2 t + 1."""
+        of_warps = addresses.reshape(-1, LANES)
+        rows = of_warps.reshape(len(of_warps), 4, 8)
+        assert not (rows % 16).any()
+        assert all(len(set(matrix)) == 8 for matrix in (rows // 16 % 8).reshape(-1, 8))  # banks don't collide
+        own = rows[WARP]
+        pairs = [self.halfwords(own[np.arange(THREADS), :, 2 * T + i] + 2 * G[:, None]) for i in range(2)]
+        return list((pairs[0] | pairs[1] << 16).T)
+
+
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Lets `lanes` compute with arrays of all threads; returns what reads a tile."""
+    operations = {"addi": operator.add, "muli": operator.mul, "andi": operator.and_, "xori": operator.xor}
+    operations |= {"shli": operator.lshift, "shrui": operator.rshift}
+    monkeypatch.setattr(lanes, "thread_index", lambda: np.arange(THREADS))
+    monkeypatch.setattr(lanes, "integer", lambda value: value)
+    monkeypatch.setattr(lanes, "operation", lambda name, a, b: operations[name](a, b))
+    monkeypatch.setattr(lanes, "pointer", lambda reference, offset: (reference, offset))
+    monkeypatch.setattr(lanes, "_as_integer", lambda pointer: pointer)
+    monkeypatch.setattr(lanes, "choose", lambda values, lane: np.array(values, "float32").view("uint32")[lane % 16])
+    monkeypatch.setattr(lanes.Lane, "if_upper_half", lambda lane, no, yes: np.where(lane.t > 1, yes, no))
+    monkeypatch.setattr(
+        lanes.Lane, "pair", lambda lane, numbers, place: [numbers.view("uint32")[place + i] for i in range(2)]
+    )
+
+    def assembly(lines, inputs, n_results, has_side_effects=False):
+        if lines[0].startswith("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"):
+            ((tile, addresses),) = inputs
+            return tile.ldmatrix(addresses)
+        if any(line.startswith("ld.shared.b16") for line in lines):
+            ((tile, addresses),) = inputs
+            return [tile.halfwords(addresses)]
+        assert has_side_effects == any("shfl" in line for line in lines)
+        warps = [[array[first : first + LANES].tolist() for array in inputs] for first in range(0, THREADS, LANES)]
+        found = [executed("\n".join(lines), n_results, arrays) for arrays in warps]
+        return list(np.concatenate(np.array(found, "uint32"), axis=1))
+
+    monkeypatch.setattr(lanes, "assembly", assembly)
+
+
+def stored(layout, shape):
+    """Random codes of a tile, and the numbers (rows, columns) that they stand for."""
+    draw = np.random.default_rng(0)
+    if layout.values is None:
+        codes = draw.integers(-127, 128, shape).astype("int8")
+        return codes, codes.astype("float32")
+    codes = draw.integers(0, 256, (shape[0] // 2, shape[1])).astype("uint8")
+    nibbles = np.stack([codes >> 4, codes & 15], axis=1).reshape(shape)
+    return codes, np.array(layout.values, "float32")[nibbles]
+
+
+def operand(registers, dtype):
+    """The left operand (128, contracted) that threads hold, as PTX's manual shows it; a warp's rows g, g + 8 are 2 g, 2 g + 1."""
+    dtype = np.dtype(dtype)
+    each = 4 // dtype.itemsize
+    found = np.zeros((16 * THREADS // LANES, len(registers) // 4 * 8 * each), dtype)
+    for place, register in enumerate(registers):
+        row = 16 * WARP + 2 * G + place % 2
+        column = each * (8 * (place // 4) + 4 * (place // 2 % 2) + T)
+        for i, value in enumerate(np.ascontiguousarray(register, "uint32").view(dtype).reshape(-1, each).T):
+            found[row, column + i] = value
+    return found
+
+
+KINDS = [("nf4", True), ("int4", True), ("int4", False), ("int8", True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name, looks_up", KINDS)
+@pytest.mark.parametrize("has_scales", [True, False])
+def test_operands(in_threads, name, looks_up, dtype, has_scales):
+    codes, values = stored(LAYOUTS[name], (64, 128))
+    scales = np.random.default_rng(1).standard_normal(128).astype("float32") if has_scales else None
+    expected = (values if scales is None else values * scales).astype(DTYPES[dtype]).T
+    registers = fragments._decoded(Tile(codes), scales, lanes.Lane(), LAYOUTS[name], dtype, looks_up)
+    np.testing.assert_array_equal(operand(registers, DTYPES[dtype]), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name, looks_up", KINDS)
+@pytest.mark.parametrize("first", [0, 64])
+def test_transposed_operands(in_threads, name, looks_up, dtype, first):
+    codes, values = stored(LAYOUTS[name], (128, 128))
+    scales = np.random.default_rng(1).standard_normal(64).astype("float32")
+    expected = (values[:, first : first + 64] * scales).astype(DTYPES[dtype])
+    arguments = Tile(codes), scales, lanes.Lane(), first, LAYOUTS[name], dtype, looks_up
+    np.testing.assert_array_equal(operand(transposed_fragments._decoded(*arguments), DTYPES[dtype]), expected)
+
+
+def test_codes_as_they_are(in_threads):
+    codes, _ = stored(LAYOUTS["int8"], (128, 128))
+    np.testing.assert_array_equal(operand(fragments._bytes_as_they_are(Tile(codes), lanes.Lane()), "int8"), codes.T)
