@@ -1,4 +1,7 @@
-"""Rounding to 8-bit floating point as a Pallas kernel that reads once what it stores twice, straight and transposed."""
+"""Rounding to 8-bit floating point as a Pallas kernel that reads once what it stores twice, straight and transposed.
+
+Where the scale is known before, it can measure in the same pass what the next scale is made of.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ def can_run(shape: tuple[int, int]) -> bool:
     return is_whole and columns // TILE[1] <= MOST_PROGRAMS_ON_AN_AXIS
 
 
-def cast_transpose(x, scale, dtype: str, largest: float, interpret: bool = False):
-    """Returns the codes of x / scale, and those codes transposed.
+def cast_transpose(x, scale, dtype: str, largest: float, measures: bool = False, interpret: bool = False):
+    """Returns the codes of x / scale, those codes transposed, and x's greatest magnitude.
 
     Those of `kernels.float8.rounded`, bit by bit apart from NaN's (JAX only).
 
@@ -27,22 +30,26 @@ def cast_transpose(x, scale, dtype: str, largest: float, interpret: bool = False
         scale: float32 ().
         dtype: float8 dtype of the codes.
         largest: the greatest number of that dtype; greater ones become it.
+        measures: whether the greatest magnitude is asked for.
         interpret: True to run the kernel on any device, slowly.
 
     Returns:
-        Tensors (m, k) and (k, m).
+        Tensors (m, k) and (k, m), and float32 () or None.
     """
-    static = {"dtype": dtype, "largest": largest, "interpret": interpret}
+    static = {"dtype": dtype, "largest": largest, "measures": measures, "interpret": interpret}
     return jitted(_cast_transpose, tuple(static))(x, scale, **static)
 
 
-def _cast_transpose(x, scale, *, dtype, largest, interpret):
+def _cast_transpose(x, scale, *, dtype, largest, measures, interpret):
     import jax
     import jax.numpy as jnp
     from jax.experimental import pallas as pl
 
-    def kernel(x_ref, reciprocal_ref, codes_ref, transposed_ref):
-        scaled = x_ref[...].astype("float32") * reciprocal_ref[0]
+    def kernel(x_ref, reciprocal_ref, codes_ref, transposed_ref, *greatest_refs):
+        values = x_ref[...].astype("float32")
+        for ref in greatest_refs:
+            ref[0, 0] = jnp.max(jnp.abs(values))
+        scaled = values * reciprocal_ref[0]
         # Compared so that NaN stays NaN.
         scaled = jnp.where(scaled > largest, largest, jnp.where(scaled < -largest, -largest, scaled))
         codes = scaled.astype(dtype)
@@ -50,13 +57,23 @@ def _cast_transpose(x, scale, *, dtype, largest, interpret):
         transposed_ref[...] = codes.T
 
     rows, columns = TILE
-    m, k = x.shape
-    return triton_call(
+    (m, k), grid = x.shape, (x.shape[0] // rows, x.shape[1] // columns)
+    greatest_spec, greatest_shape = pl.BlockSpec((1, 1), lambda i, j: (i, j)), jax.ShapeDtypeStruct(grid, "float32")
+    codes, transposed, *greatest = triton_call(
         kernel,
-        grid=(m // rows, k // columns),
+        grid=grid,
         in_specs=[pl.BlockSpec(TILE, lambda i, j: (i, j)), pl.BlockSpec((1,), lambda i, j: (0,))],
-        out_specs=[pl.BlockSpec(TILE, lambda i, j: (i, j)), pl.BlockSpec(TILE[::-1], lambda i, j: (j, i))],
-        out_shape=[jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((k, m), dtype)],
+        out_specs=[
+            pl.BlockSpec(TILE, lambda i, j: (i, j)),
+            pl.BlockSpec(TILE[::-1], lambda i, j: (j, i)),
+            *[greatest_spec] * measures,
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((m, k), dtype),
+            jax.ShapeDtypeStruct((k, m), dtype),
+            *[greatest_shape] * measures,
+        ],
         warps=_WARPS,
         interpret=interpret,
     )(x, (1 / scale).reshape(1))
+    return codes, transposed, jnp.max(greatest[0]) if measures else None

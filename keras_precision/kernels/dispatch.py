@@ -197,11 +197,11 @@ def float8_steps() -> float8.Steps:
     return float8.Steps(_round_both, _multiply_float8) if multiplies_float8() else float8.EMULATION
 
 
-def _round_both(x, scale, dtype):
+def _round_both(x, scale, dtype, measures):
     is_whole = all(isinstance(size, int) for size in x.shape) and cast_transpose.can_run(tuple(x.shape))
     if is_whole and device.has_triton() and keras.distribution.distribution() is None:
-        return cast_transpose.cast_transpose(x, scale, dtype, dtypes.info(dtype).max)
-    return float8.round_both(x, scale, dtype)
+        return cast_transpose.cast_transpose(x, scale, dtype, dtypes.info(dtype).max, measures)
+    return float8.round_both(x, scale, dtype, measures)
 
 
 def _multiply_float8(a, b, dtype, is_forward):

@@ -34,7 +34,9 @@ class Steps(NamedTuple):
     """What a device does in its own way.
 
     Attributes:
-        round_both: (x (m, k), scale (), dtype) -> codes (m, k) and the same transposed, (k, m).
+        round_both: (x (m, k), scale (), dtype, measures) -> codes (m, k), the
+            same transposed, (k, m), and x's greatest magnitude, float32 (), if
+            it is to be measured, else None.
         multiply: (a, b, dtype, is_forward) -> the product (m, n) of operands (m, k) and (n, k), in `dtype`.
     """
 
@@ -73,10 +75,10 @@ def rounded(x, scale, dtype: str):
     return ops.cast(ops.clip(ops.cast(x, "float32") * (1 / scale), -largest, largest), dtype)
 
 
-def round_both(x, scale, dtype: str):
-    """Returns the codes of x / scale and the same transposed."""
+def round_both(x, scale, dtype: str, measures: bool):
+    """Returns the codes of x / scale, the same transposed, and x's greatest magnitude or None."""
     codes = rounded(x, scale, dtype)
-    return codes, ops.transpose(codes)
+    return codes, ops.transpose(codes), ops.cast(_greatest(x), "float32") if measures else None
 
 
 def multiply(a: Operand, b: Operand, dtype: str, is_forward: bool):
@@ -100,7 +102,7 @@ def _greatest(x, axis=None):
 def _by_tensor(x, dtype, steps, state):
     """One scale, from x itself (current scaling)."""
     scale = scale_for(_greatest(x), dtype)
-    codes, transposed = steps.round_both(x, scale, dtype)
+    codes, transposed, _ = steps.round_both(x, scale, dtype, False)
     return Operand(codes, scale), Operand(transposed, scale), ()
 
 
@@ -114,8 +116,7 @@ def _by_row(x, dtype, steps, state):
 def _delayed(x, dtype, steps, state):
     """One scale, known before x: made of the greatest magnitudes of earlier steps."""
     scale, history = state
-    codes, transposed = steps.round_both(x, scale, dtype)
-    greatest = ops.cast(_greatest(x), "float32")
+    codes, transposed, greatest = steps.round_both(x, scale, dtype, True)
     # What Keras does, but an inf in the history, of a step that was skipped, doesn't stop the scale from following.
     seen = ops.max(ops.where(ops.isfinite(history), history, 0.0))
     next_scale = ops.where(seen > 0, ops.maximum(seen / dtypes.info(dtype).max, SMALLEST_SCALE), scale)

@@ -206,10 +206,22 @@ def test_the_kernel_gives_the_codes_and_their_transpose(name, dtype):
     x = np.array(draw.standard_normal((2 * cast_transpose.TILE[0], 3 * cast_transpose.TILE[1])) * 300, "float32")
     x[0, 0], x[1, 1], x[2, 2] = np.nan, np.inf, -np.inf
     x, scale = ops.cast(x, dtype), np.float32(0.3)
-    codes, transposed = cast_transpose.cast_transpose(x, scale, name, LARGEST[name], interpret=True)
+    codes, transposed, _ = cast_transpose.cast_transpose(x, scale, name, LARGEST[name], interpret=True)
     expected = numbers(float8.rounded(x, scale, name))
     np.testing.assert_array_equal(numbers(codes), expected)  # bits but for those of NaN
     np.testing.assert_array_equal(numbers(transposed), expected.T)
+
+
+@on_jax
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("last", [-3.5, 1e30, np.inf])
+def test_the_kernel_measures_the_greatest_magnitude(dtype, last):
+    x = np.clip(draw.standard_normal((2 * cast_transpose.TILE[0], 3 * cast_transpose.TILE[1])), -3, 3)
+    x[-1, -1] = last
+    x, scale, name = ops.cast(x, dtype), np.float32(0.3), float8.FORWARD
+    *_, greatest = cast_transpose.cast_transpose(x, scale, name, LARGEST[name], measures=True, interpret=True)
+    assert greatest.shape == () and greatest.dtype == "float32" and greatest == np.abs(numbers(x)[-1, -1])
+    assert greatest == float8.round_both(x, scale, name, True)[2]
 
 
 @on_jax
@@ -249,6 +261,29 @@ def test_matrix_units_multiply_all_three_products(has_float8):
 
 
 @on_jax
+@pytest.mark.parametrize("scaling, reads", [("tensor", True), ("delayed", False)])
+def test_delayed_scaling_measures_as_it_rounds(has_float8, scaling, reads):
+    """XLA reads the three matrices once more where their scales are made of themselves."""
+    import jax
+
+    states = ((1.0, np.zeros(4, "float32")),) * 3 if scaling == "delayed" else ((), (), ())
+    x, w = jax.ShapeDtypeStruct((128, 256), "bfloat16"), jax.ShapeDtypeStruct((256, 384), "float32")
+
+    def product(x, w):
+        return float8.matmul(x, w, "bfloat16", scaling, states, dispatch.float8_steps())
+
+    def step(x, w):
+        y, backward = jax.vjp(product, x, w)
+        return backward(y)
+
+    text = jax.jit(step).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == 3
+    for shape in ("128x256xbf16", "256x384xf32", "128x384xbf16"):
+        reduced = [line for line in text.splitlines() if "stablehlo.reduce(" in line and f"(tensor<{shape}>" in line]
+        assert bool(reduced) == reads
+
+
+@on_jax
 def test_one_row_names_no_algorithm(has_float8):
     """XLA's program for it on a GPU raises "Unsupported dot precision algorithm"."""
     import jax
@@ -284,8 +319,9 @@ def test_no_kernel_under_a_distribution(has_float8, monkeypatch):
     monkeypatch.setattr(cast_transpose, "cast_transpose", None)
     mesh = keras.distribution.DeviceMesh((1,), ["data"], keras.distribution.list_devices()[:1])
     with keras.distribution.ModelParallel(layout_map=keras.distribution.LayoutMap(mesh)).scope():
-        codes, transposed = dispatch.float8_steps().round_both(ops.ones((64, 128)), np.float32(1), float8.FORWARD)
-    assert codes.shape == (64, 128) and transposed.shape == (128, 64)
+        round_both = dispatch.float8_steps().round_both
+        codes, transposed, greatest = round_both(ops.ones((64, 128)), np.float32(1), float8.FORWARD, True)
+    assert codes.shape == (64, 128) and transposed.shape == (128, 64) and greatest == 1
 
 
 def test_this_device_emulates():
