@@ -1,5 +1,6 @@
 """Dynamic codes, whose values lie evenly within each decade (Dettmers et al. 2022, "8-bit Optimizers", section 1.3)."""
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,10 +12,10 @@ from keras_precision.optimizers.states import absmax
 
 # Numbers are divided by scales in multiples of 1 / 16: the reciprocal of one above 2**126 is subnormal.
 _UNIT = 16.0
-_MANTISSA_BITS = 23
-_EXPONENT_OF_HALF = 126 << _MANTISSA_BITS
-_TAGS = 8  # decades that a slope's last bits can tell apart
-_LAST = int(np.float32(10 / 9 - 2.0**-21).view("int32"))  # the pattern of what is below 2 with 8 / 9
+_EXPONENT = 0xFF << 23
+_DOWN = 2.0**23 - 0.5  # added to a float32 in [1, 2**22), it leaves the integer part in the sum's last bits
+_INTEGERS = int(np.float32(2**23).view("int32"))
+_LATE = 0.2  # by how much F is above 2**p where K becomes 2**p
 
 
 def dynamic_values(bits: int, is_signed: bool) -> tuple[float, ...]:
@@ -50,11 +51,14 @@ class DynamicMap:
 
         value(K) = 10**(p - q) * (0.1 + 0.9 * (K - 2**p + 0.5) / 2**p),
 
-    so that the nearest to a magnitude m among them is
+    so that the nearest to a magnitude m among them is the integer part of
 
-        K = floor(m * 10**(q - p) * 2**p / 0.9 + 8 / 9 * 2**p),
+        F(m) = m * 10**(q - p) * 2**p / 0.9 + 8 / 9 * 2**p.
 
-    cut off at the decade's last.
+    As m grows the lines of the decades get flatter, and each crosses the next
+    one before the middle between their decades: F is the least of all lines,
+    whichever decade m is in. That middle, where K becomes 2**p, has the F
+    2**p + 0.2, as values of two decades are farther apart than those of one.
 
     Attributes:
         values: ascending, as `dynamic_values` gives them.
@@ -82,27 +86,26 @@ class DynamicMap:
         code = position + self.zero - self._decades[0]
         return (self.values[code - 1] + self.values[code]) / 2 * _UNIT
 
-    def _slope(self, magnitude, decades):
-        """Returns float32 10**(q - p) / 0.9 for the decade p of each magnitude, chosen among `decades` by halves.
-
-        Its last 3 bits, which make it wrong by 2**-20 at most, are q - p.
-        """
-        if len(decades) == 1:
-            behind = self._decades[-1] - decades[0]
-            pattern = np.float32(10.0**behind / 0.9 / _UNIT).view("int32") + _TAGS // 2 & -_TAGS | behind
-            return ops.convert_to_tensor(pattern.view("float32").item(), "float32")
-        half = len(decades) // 2
-        lower, upper = (self._slope(magnitude, part) for part in (decades[:half], decades[half:]))
-        return ops.where(magnitude > self._midpoint(2 ** decades[half]), upper, lower)
+    @cached_property
+    def _lines(self) -> list[tuple[float, float]]:
+        """Slope and F(0) of each decade's F. The first one has few values or one: its line ends at the next decade."""
+        lines = []
+        for decade in self._decades:
+            left, right = (self._midpoint(2**decade + i) for i in range(2))
+            rise = 1 - _LATE if decade else 1.0
+            slope = rise / (right - left)
+            lines.append((slope, 2**decade + _LATE - slope * left))
+        return lines
 
     def nearest(self, grouped, scale):
         """Returns the code of the value nearest to each number divided by its block's scale.
 
-        The distance is at most the least one plus 2**-18 of the number: of m in
-        [0.1, 1] of its decade, K / 2**p = m / 0.9 + 8 / 9 comes of four roundings
-        and `_slope` in the first summand and one rounding of the sum, so that the
-        middle between two values is missed by 2**-24 * (5 + 16 + 0.8 / m) <=
-        29 * 2**-24 of m, and the distance is greater by twice that.
+        The distance is at most the least one plus 2**-18 of the number: F(m) of
+        m comes of four roundings of its first summand, s, one of the second
+        and one of the sum, which are at most 8 * s and 9 * s, so that the middle
+        between two values is missed by 2**-24 * (4 + 8 + 9) of m, and the
+        distance is greater by twice that. Compiled code may round a product and
+        a sum once, so that it may choose the other of two values as near.
 
         Args:
             grouped: float32 tensor (..., block_size); signs are ignored if the
@@ -112,23 +115,23 @@ class DynamicMap:
         Returns:
             int32 tensor (..., block_size).
         """
-        first, last = self._decades[0], self._decades[-1]
         scaled = grouped * absmax.reciprocal(scale, _UNIT)
         magnitude = ops.abs(scaled)
-        # The decade below the first one has no values of its own: its K / 2**p are below 2, and its K that of zero or less.
-        slope = self._slope(magnitude, range(first - 1, last + 1))
-        # The less of two floats, which is NaN if one is, takes a CPU three instructions, of their patterns one. XLA
-        # contracts a product and a sum into one operation that rounds once, which it can't do with this between them.
-        summand = ops.view(ops.minimum(ops.view(magnitude * slope, "int32"), _LAST), "float32")
-        # K / 2**p, in [1, 2): K are the first bits of its mantissa. Below the first decade it is less than 1.
-        mantissa = ops.view(summand + 8 / 9, "int32") - _EXPONENT_OF_HALF
-        position = ops.right_shift(mantissa, (ops.view(slope, "int32") & (_TAGS - 1)) + (_MANTISSA_BITS - last))
-        end = self._midpoint(2 * 2**last)
+        # The less of two floats, which is NaN if one is, takes a CPU three instructions, of their patterns one.
+        pattern = functools.reduce(
+            ops.minimum, (ops.view(magnitude * slope + start, "int32") for slope, start in self._lines)
+        )
+        found = ops.view(pattern, "float32")
+        is_early = found - ops.view(pattern & _EXPONENT, "float32") < _LATE
+        position = ops.view(found + _DOWN, "int32") - ops.cast(is_early, "int32")
+        # Past the last decade's values is the one of 1, which no negative number has.
+        end = self._midpoint(2 * 2 ** self._decades[-1])
+        is_last = (scaled if self.zero else magnitude) > end
+        position = position + ops.cast(is_last, "int32") - _INTEGERS
         if not self.zero:
-            return ops.maximum(ops.where(magnitude > end, 2 * 2**last, position) - first, 0)
-        position = ops.where(scaled > end, 2 * 2**last, position)
+            return position - self._decades[0]
         sign = ops.right_shift(ops.view(scaled, "int32"), 31)
-        return (position ^ sign) - sign + (self.zero - first)
+        return (position ^ sign) - sign + (self.zero - self._decades[0])
 
     def decode(self, codes, target: Target = ANY):
         """Returns the float32 values of a tensor of codes."""
