@@ -98,7 +98,7 @@ bfloat16, 2026-11-23.
 
 TRANSPOSED_SLABS = {
     "whole": (
-        (16, Slab(16, 4, 5, pairs=2)),
+        (16, Slab(16, 4, 5, pairs=2, looks_up=False)),
         (64, Slab(64, 4, 3, pairs=2, looks_up=False)),
         (128, Slab(128, 2, 4, cluster=2, looks_up=False)),
         (2048, Slab(256, 2, 3, cluster=2, looks_up=False)),
