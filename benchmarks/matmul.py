@@ -49,7 +49,7 @@ def keras_layers(name, k, n, count):
     return found
 
 
-def jax_call(name, k, n, count, of_gradients=False):
+def jax_call(name, k, n, count, of_gradients):
     """Returns (function of the number of rows that returns one to time and one that waits, bytes of a weight).
 
     What is timed are the layers' outputs, or their gradients with respect to x.
@@ -175,12 +175,14 @@ def main() -> None:
     if arguments.worker:
         timing.answer(functools.partial(measure, arguments.worker))
         return
+    others = {} if arguments.gradients else OTHERS
+    if arguments.gradients and not OTHERS.keys().isdisjoint(arguments.only or ()):
+        parser.error(f"--gradients measures none of {', '.join(OTHERS)}.")
     k, n = map(int, arguments.shape.split(","))
     rows = [int(m) for m in arguments.rows.split(",")]
     question = {"k": k, "n": n, "rows": rows, "count": arguments.layers}
     question |= {"samples": arguments.samples, "size": arguments.size, "of_gradients": arguments.gradients}
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    others = {} if arguments.gradients else OTHERS
     present = [name for name, module in others.items() if importlib.util.find_spec(module)]
     names = [BASE, *(arguments.only or [*OURS, *KERAS, *present])]
     answers = {}

@@ -177,6 +177,8 @@ def test_matmul_prints_each_subject(backend):
     assert [row[0] for row in rows] == ["JAX bfloat16", "ours nf4", "Keras int8"]
     assert all(float(row[column].split()[0]) > 0 for row in rows for column in (2, 3))
     assert [row[2].split()[1] for row in rows][0] == "1.00"
+    lines = printed_by("matmul", *small, "--gradients", "--only", "ours nf4")
+    assert [cells(line)[0] for line in lines if line.startswith("│")] == ["JAX bfloat16", "ours nf4"]
 
 
 def test_search_prints_each_budget(backend):

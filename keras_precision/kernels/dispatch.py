@@ -34,7 +34,9 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
     differ from those by no more than `product` of `row_product`,
     `weight_only`, `few_rows` and `warpgroup` tells, beside the backend's
     matmul precision. The gradient with respect to x is a product with the
-    transposed weight, decoded likewise; codes and scales get none.
+    transposed weight: on Hopper a kernel decodes as it multiplies, with what
+    `warpgroup.transposed_product` tells, and elsewhere the weight is decoded
+    first. Codes and scales get none.
 
     Args:
         x: float tensor (..., k).
@@ -60,22 +62,30 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
     rows = math.prod(x.shape[:-1])
     tile = _tile(layout, rows, dtype)
 
-    @ops.custom_gradient
     def product(x, codes, *scales):
         if tile is None:
-            found = ops.matmul(x, decoded(codes, scales, dtype))
-        else:
-            found = product_by(tile)(x, codes, scales, layout, tile, dtype)
+            return ops.matmul(x, decoded(codes, scales, dtype))
+        return product_by(tile)(x, codes, scales, layout, tile, dtype)
 
+    def transposed(x, codes, *scales):
+        return _times_transposed(x, codes, scales, layout, decoded)
+
+    found = _linear(product, transposed)(ops.reshape(x, (rows, layout.shape[0])), codes, *scales)
+    return ops.reshape(found, (*x.shape[:-1], layout.shape[1]))
+
+
+def _linear(product: Callable, transposed: Callable) -> Callable:
+    """Returns a product as function of (x, codes, *scales), whose gradient with respect to x another one gives."""
+
+    @ops.custom_gradient
+    def differentiable(x, codes, *scales):
         def gradient(*arguments, upstream=None):
             (upstream,) = arguments if upstream is None else (upstream,)
-            found = _times_transposed(upstream, codes, scales, layout, decoded)
-            return ops.cast(found, x.dtype), None, *[None] * len(scales)
+            return ops.cast(transposed(upstream, codes, *scales), x.dtype), None, *[None] * len(scales)
 
-        return found, gradient
+        return product(x, codes, *scales), gradient
 
-    found = product(ops.reshape(x, (rows, layout.shape[0])), codes, *scales)
-    return ops.reshape(found, (*x.shape[:-1], layout.shape[1]))
+    return differentiable
 
 
 _MODULES = {
@@ -116,11 +126,17 @@ def _hopper_tile(kind, layout, rows, dtype):
 def _times_transposed(x, codes, scales, layout, decoded):
     """Returns x (m, n) times the transposed weight, in x's dtype; `decoded` is a function of (codes, scales, dtype)."""
     dtype = keras.backend.standardize_dtype(x.dtype)
+    slab = None
     if device.has_wgmma() and warpgroup.can_run_transposed(layout, dtype):
         slab = measured.first_for(x.shape[0], measured.TRANSPOSED_SLABS[layout.kind])
-        if slab is not None:
-            return warpgroup.transposed_product(x, codes, scales, layout, slab, dtype)
-    return ops.matmul(x, ops.transpose(decoded(codes, scales, dtype)))
+    if slab is None:
+        return ops.matmul(x, ops.transpose(decoded(codes, scales, dtype)))
+
+    def product(x, codes, *scales):
+        return warpgroup.transposed_product(x, codes, scales, layout, slab, dtype)
+
+    # Penalties on gradients differentiate it once more.
+    return _linear(product, lambda x, codes, *scales: ops.matmul(x, decoded(codes, scales, dtype)))(x, codes, *scales)
 
 
 def integer_products(x, codes) -> reference.Products:

@@ -11,12 +11,12 @@ from keras_precision.kernels import codes as code_values
 from keras_precision.kernels import decoded_words, lanes
 from keras_precision.kernels.layout import Layout, group_in_registers, scales_at
 
-COLUMNS = 64
-"""Columns of the weight that a warpgroup works on."""
+OUTPUTS = 64
+"""Of a warpgroup: columns of the weight, or rows of it where x is multiplied with its transpose."""
 
 
-def rows_of(dtype: str) -> int:
-    """Returns how many rows of the weight an operand of a dtype has: as many as numbers fit in a swizzled row of x."""
+def depth_of(dtype: str) -> int:
+    """Returns how many numbers an operand of a dtype contracts: as many as fit in a swizzled row of x."""
     import jax.numpy as jnp
 
     return lanes.SWIZZLE // jnp.dtype(dtype).itemsize
@@ -35,7 +35,7 @@ def decode(codes, scales, half, layout: Layout, dtype: str, looks_up: bool, inte
         interpret: True for what runs in Pallas's interpreter.
 
     Returns:
-        Array (64, rows_of(dtype)).
+        Array (64, depth_of(dtype)).
     """
     if interpret:
         return _decode_anywhere(codes, scales, half, layout, dtype)
@@ -43,14 +43,14 @@ def decode(codes, scales, half, layout: Layout, dtype: str, looks_up: bool, inte
 
     is_int8 = dtype == lanes.INT8
     operand = plgpu.Layout.WGMMA_8BIT if is_int8 else plgpu.Layout.WGMMA
-    shape = (COLUMNS, rows_of(dtype))
+    shape = (OUTPUTS, depth_of(dtype))
 
     def in_lanes(context, codes, *scales):
         lane = lanes.Lane()
         if is_int8:
             registers = _bytes_as_they_are(codes, lane)
         else:
-            registers = _decoded(codes, *scales or [None], lane, layout, dtype, looks_up)
+            registers = _decoded(codes, scales[0] if scales else None, lane, layout, dtype, looks_up)
         return lanes.array(registers, shape, operand.to_mgpu(), dtype)
 
     references = [codes, *([] if scales is None else [scales])]
@@ -73,7 +73,7 @@ def expanded_scales(codes, factors, block, column, layout: Layout, interpret: bo
     """
     import jax.numpy as jnp
 
-    n_columns = 2 * COLUMNS
+    n_columns = 2 * OUTPUTS
     block, column = jnp.minimum(block, layout.blocks - 1), jnp.minimum(column, layout.shape[1] - n_columns)
     if interpret:
         return scales_at([array[...] for array in (codes, *factors)], block, column + jnp.arange(n_columns), layout)
@@ -102,7 +102,7 @@ def add_product(sums, operand, of_x, interpret: bool) -> None:
     Args:
         sums: accumulator (64, batch), float32 or int32; a reference to shared memory to be interpreted.
         operand: what `decode` returned.
-        of_x: reference to a swizzled tile in shared memory, (batch, rows_of(dtype)).
+        of_x: reference to a swizzled tile in shared memory, (batch, depth_of(dtype)).
         interpret: as in `decode`.
     """
     if interpret:  # Pallas's interpreter multiplies references only
@@ -152,14 +152,14 @@ def transforms(dtype: str) -> tuple:
     """Returns how Mosaic GPU stores swizzled rows of a dtype in shared memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return plgpu.TilingTransform((8, rows_of(dtype))), plgpu.SwizzleTransform(lanes.SWIZZLE)
+    return plgpu.TilingTransform((8, depth_of(dtype))), plgpu.SwizzleTransform(lanes.SWIZZLE)
 
 
 def _decode_anywhere(codes, scales, half, layout, dtype):
     """As `decode`, with the columns in their order."""
     from jax.experimental import pallas as pl
 
-    columns = pl.ds(half * COLUMNS, COLUMNS)
+    columns = pl.ds(half * OUTPUTS, OUTPUTS)
     packed = codes[:, columns]
     if dtype == lanes.INT8:
         return packed.T
@@ -170,7 +170,7 @@ def _decode_anywhere(codes, scales, half, layout, dtype):
 def _write_anywhere(out, sums, half, column_scales, row_scales, n_rows, dtype):
     from jax.experimental import pallas as pl
 
-    columns = pl.ds(half * COLUMNS, COLUMNS)
+    columns = pl.ds(half * OUTPUTS, OUTPUTS)
     found = sums.astype("float32").T
     if column_scales is not None:
         found *= column_scales[columns][None]
@@ -194,7 +194,7 @@ def _decoded(tile, scales, lane, layout, dtype, looks_up):
     is_packed = layout.codes_per_byte == 2
     pairs, row_of = (_PAIRS_OF_NIBBLES, lane.row_of_nibbles) if is_packed else (_PAIRS_OF_BYTES, lane.row_of_bytes)
     registers = []
-    for first in range(0, rows_of(dtype) // layout.codes_per_byte, 32):
+    for first in range(0, depth_of(dtype) // layout.codes_per_byte, 32):
         for word in lane.matrices(tile, first, row_of):
             registers += decoded_words.rounded_pairs(codes, word, pairs, factors, dtype)
     return registers
@@ -204,7 +204,7 @@ def _bytes_as_they_are(codes, lane):
     """Returns the registers of `decode` for an int8 operand: 4 rows of a column each."""
     selectors = lane.if_upper_half(0x6420, 0x2064), lane.if_upper_half(0x7531, 0x3175)
     registers = []
-    for first in range(0, rows_of(lanes.INT8), 32):
+    for first in range(0, depth_of(lanes.INT8), 32):
         words = lane.matrices(codes, first, lane.row_of_quads)
         for left, right in zip(words[::2], words[1::2], strict=True):
             for selector in selectors:

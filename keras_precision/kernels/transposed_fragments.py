@@ -32,7 +32,7 @@ def decode(codes, scales, half, first: int, layout: Layout, dtype: str, looks_up
         return _decode_anywhere(codes, scales, half, first, layout, dtype)
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    shape, operand = (fragments.COLUMNS, fragments.rows_of(dtype)), plgpu.Layout.WGMMA
+    shape, operand = (fragments.OUTPUTS, fragments.depth_of(dtype)), plgpu.Layout.WGMMA
 
     def in_lanes(context, codes, scales):
         registers = _decoded(codes, scales, lanes.Lane(), first, layout, dtype, looks_up)
@@ -47,8 +47,8 @@ def _decode_anywhere(codes, scales, half, first, layout, dtype):
     """As `decode`, with the rows in their order."""
     from jax.experimental import pallas as pl
 
-    rows = fragments.COLUMNS // layout.codes_per_byte
-    packed = codes[pl.ds(half * rows, rows), pl.ds(first, fragments.rows_of(dtype))]
+    rows = fragments.OUTPUTS // layout.codes_per_byte
+    packed = codes[pl.ds(half * rows, rows), pl.ds(first, fragments.depth_of(dtype))]
     return (code_values.interpreted(packed, layout.values) * scales[...][None]).astype(dtype)
 
 
@@ -62,7 +62,7 @@ def _decoded(tile, scales, lane, first, layout, dtype, looks_up):
     codes = decoded_words.codes_of(layout, lane, looks_up)
     pairs = _PAIRS_OF_NIBBLES if layout.codes_per_byte == 2 else _PAIRS_OF_BYTES
     rows, registers = 2 // len(pairs), []
-    for column in range(0, fragments.rows_of(dtype), 8):
+    for column in range(0, fragments.depth_of(dtype), 8):
         factors = lane.pair(scales, lanes.add(lanes.shift_left(lane.t, 1), column))
         for row in range(rows):
             word = lane.two_bytes(tile, first + column, rows, row)

@@ -1,9 +1,9 @@
 """Products of activations with stored codes by Hopper's matrix units (wgmma), a kernel for Mosaic GPU (JAX only).
 
-A program multiplies 128 columns of the weight with some rows of x. One warpgroup fetches; the others decode 64 columns
-each into registers, from which matrix units take them; x comes from shared memory. While a part is multiplied the next
-is decoded, so that neither decoding nor a product waits. (The design is that of CUTLASS's mixed-input products: Gupta,
-"Mixed-input matrix multiplication performance optimizations", 2024.)
+A program multiplies 128 columns of the weight, or 128 rows where it is transposed, with some rows of x. One warpgroup
+fetches; the others decode 64 columns each into registers, from which matrix units take them; x comes from shared
+memory. While a part is multiplied the next is decoded, so that neither decoding nor a product waits. (The design is
+that of CUTLASS's mixed-input products: Gupta, "Mixed-input matrix multiplication performance optimizations", 2024.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from keras_precision.kernels import fragments, lanes
 from keras_precision.kernels.compiled import jitted
 from keras_precision.kernels.layout import Layout, vectors
 from keras_precision.kernels.partial_sums import added, split
-from keras_precision.kernels.weight_tiles import OUTPUTS, Straight, Transposed
+from keras_precision.kernels.weight_tiles import PROGRAM_OUTPUTS, Straight, Transposed
 
 # Of a thread that fetches and of one that multiplies, by pairs of warpgroups; together at most what a program starts
 # with: 168 for each of 384 threads, 96 of 640.
@@ -33,7 +33,8 @@ class Slab:
         batch: rows of x, a multiple of 8 up to 256.
         parts: operands of matrix units that are fetched at once, of 64 rows
             of the weight each, or 128 where codes are multiplied with codes;
-            `pairs` times a power of two, of which small weights take less.
+            `pairs` times a power of two, of which small weights take less. Of
+            a transposed weight, 64 columns each: 2 at least and 4 at most.
         stages: such fetches that are begun before the first is used.
         cluster: programs that read x together.
         pairs: of warpgroups, 1 or 2, that take turns at operands; two have
@@ -56,14 +57,14 @@ class Slab:
 def can_run(layout: Layout, dtype: str) -> bool:
     """Returns whether there is a kernel for such a weight, with blocks of a power of two, and activations of a dtype."""
     k, n = layout.shape
-    rows = fragments.rows_of(dtype)
+    rows = fragments.depth_of(dtype)
     has_blocks = layout.block_size is None or layout.block_size % rows == 0
-    return dtype in ("float16", "bfloat16", lanes.INT8) and has_blocks and k % rows == n % OUTPUTS == 0
+    return dtype in ("float16", "bfloat16", lanes.INT8) and has_blocks and k % rows == n % PROGRAM_OUTPUTS == 0
 
 
 def can_run_transposed(layout: Layout, dtype: str) -> bool:
     """Returns whether `transposed_product` multiplies such a weight, with blocks of a power of two, and such activations."""
-    return dtype != lanes.INT8 and can_run(layout, dtype) and layout.shape[0] % OUTPUTS == 0
+    return dtype != lanes.INT8 and can_run(layout, dtype) and layout.shape[0] % PROGRAM_OUTPUTS == 0
 
 
 def product(
@@ -83,8 +84,9 @@ def product(
     float32, so that results are those of `decoded` weights but for the order
     of sums. With u = 2**-24 and v the unit roundoff of `dtype`, an element
     differs from the exact product of x and the weight by at most
-    sum |x| |weight| (v + (k + 3) u), and one more rounding to `dtype`; v
-    doesn't count where values are whole numbers that have one scale a column.
+    sum |x| |weight| (v + (k + 3) u), and one more rounding to `dtype`, where
+    weights are normal numbers of it; v doesn't count where values are whole
+    numbers that have one scale a column.
 
     Args:
         x: tensor (m, k) of `dtype`.
@@ -108,7 +110,8 @@ def transposed_product(x, codes, scales: Sequence, layout: Layout, slab: Slab, d
 
     With weights as in `product`, scaled in float32 and rounded to `dtype`; an
     element differs from the exact product by at most
-    sum |x| |weight| (v + (n + 3) u), and one more rounding to `dtype`.
+    sum |x| |weight| (v + (n + 3) u), and one more rounding to `dtype`, where
+    weights are normal numbers of it.
 
     Args:
         x: tensor (m, n) of `dtype`.
@@ -155,11 +158,11 @@ def _product(x, codes, scales, x_scale, *, layout, slab, result, interpret, tili
     import jax.numpy as jnp
 
     m, (contracted, outputs) = x.shape[0], (layout.shape[axis] for axis in tiling.axes)
-    depth = fragments.rows_of(x.dtype.name)
+    depth = fragments.depth_of(x.dtype.name)
     # Rows of x are copied eight at a time, and read as zeros beyond the last.
     multiple = slab.batch if interpret is not None else 8 if m > 8 else 1
     x = jnp.pad(x, ((0, -m % multiple), (0, 0)))
-    programs = -(-m // slab.batch) * outputs // OUTPUTS
+    programs = -(-m // slab.batch) * outputs // PROGRAM_OUTPUTS
     parts = max(slab.parts, tiling.least_parts)
     while parts > max(slab.pairs, tiling.least_parts) and -(-contracted // (depth * parts)) * programs < slab.programs:
         parts //= 2
@@ -195,7 +198,7 @@ def _run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, s
     layout, dtype, parts, depth = tiles.layout, tiles.dtype, tiles.parts, tiles.depth
     batch, pairs, stages = slab.batch, slab.pairs, min(slab.stages, steps)
     outputs = layout.shape[tiles.axes[1]]
-    programs = outputs // OUTPUTS
+    programs = outputs // PROGRAM_OUTPUTS
     total_dtype, interpreted = "int32" if dtype == lanes.INT8 else "float32", interpret is not None
     cluster = slab.cluster if programs % slab.cluster == 0 else 1
     per_block = layout.block_size is not None
@@ -215,7 +218,7 @@ def _run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, s
         program = lax.axis_index("program")
         if cluster > 1:
             program = program * cluster + lax.axis_index("cluster")
-        own_outputs = pl.ds(program * OUTPUTS, OUTPUTS)
+        own_outputs = pl.ds(program * PROGRAM_OUTPUTS, PROGRAM_OUTPUTS)
         rows_of_x = pl.ds(row_program * batch, batch)
         first = part * steps
 
@@ -319,9 +322,9 @@ def _run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, s
             def _(own=own):
                 plgpu.set_max_registers(_REGISTERS[pairs][1], action="increase")
                 if not interpreted:
-                    pl.run_scoped(functools.partial(multiply, own), plgpu.ACC((fragments.COLUMNS, batch), total_dtype))
+                    pl.run_scoped(functools.partial(multiply, own), plgpu.ACC((fragments.OUTPUTS, batch), total_dtype))
                     return
-                all_sums[warpgroup] = jnp.zeros((fragments.COLUMNS, batch), total_dtype)
+                all_sums[warpgroup] = jnp.zeros((fragments.OUTPUTS, batch), total_dtype)
                 multiply(own, all_sums.at[warpgroup])
 
     empty = plgpu.Barrier
@@ -342,8 +345,8 @@ def _run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, s
             "full": plgpu.Barrier(num_arrivals=tiles.code_tiles[0] + 1 + per_block, num_barriers=stages),
             "empty": empty(num_arrivals=2 * pairs, num_barriers=stages),
             **({"scale_tiles": plgpu.SMEM((stages, *tiles.scale_tile), "float32")} if per_block else {}),
-            **({"others_sums": plgpu.SMEM((2, fragments.COLUMNS, batch), total_dtype)} if pairs > 1 else {}),
-            **({"all_sums": plgpu.SMEM((2 * pairs, fragments.COLUMNS, batch), total_dtype)} if interpreted else {}),
+            **({"others_sums": plgpu.SMEM((2, fragments.OUTPUTS, batch), total_dtype)} if pairs > 1 else {}),
+            **({"all_sums": plgpu.SMEM((2 * pairs, fragments.OUTPUTS, batch), total_dtype)} if interpreted else {}),
             **({"complete": plgpu.Barrier(num_arrivals=2)} if pairs > 1 else {}),
         },
         # What is read is awaited by barriers of our own.

@@ -13,13 +13,16 @@ from typing import ClassVar
 from keras_precision.kernels import fragments, lanes, transposed_fragments
 from keras_precision.kernels.layout import Layout
 
-OUTPUTS = 2 * fragments.COLUMNS
+PROGRAM_OUTPUTS = 2 * fragments.OUTPUTS
 """Of a program: each of a pair of warpgroups has half of them."""
 
 
 @dataclass(frozen=True)
 class Tiles(abc.ABC):
     """What steps take.
+
+    Steps count what `parts` operands contract, from 0, and programs count
+    128 outputs each.
 
     Attributes:
         layout: of the weight.
@@ -41,7 +44,7 @@ class Tiles(abc.ABC):
 
     @property
     def depth(self) -> int:
-        return fragments.rows_of(self.dtype)
+        return fragments.depth_of(self.dtype)
 
     @property
     @abc.abstractmethod
@@ -83,8 +86,8 @@ class Tiles(abc.ABC):
         Args:
             codes: see `fragments.expanded_scales`.
             factors: likewise.
-            step: which.
-            program: which.
+            step: int32 scalar.
+            program: int32 scalar.
             interpret: as in `operand`.
         """
         from jax.experimental import pallas as pl
@@ -93,11 +96,11 @@ class Tiles(abc.ABC):
         n_blocks, n_columns = self.scale_tile
         return [
             (
-                (i, pl.ds(first, OUTPUTS)),
+                (i, pl.ds(first, PROGRAM_OUTPUTS)),
                 fragments.expanded_scales(codes, factors, block + i, column + first, self.layout, interpret),
             )
             for i in range(n_blocks)
-            for first in range(0, n_columns, OUTPUTS)
+            for first in range(0, n_columns, PROGRAM_OUTPUTS)
         ]
 
 
@@ -108,23 +111,23 @@ class Straight(Tiles):
 
     @property
     def code_tiles(self):
-        return 1, self.parts * self._byte_rows, OUTPUTS
+        return 1, self.parts * self._byte_rows, PROGRAM_OUTPUTS
 
     @property
     def scale_tile(self):
         # Blocks lie within a step, or steps within a block.
-        return max(1, self.parts * self.depth // self.layout.block_size), OUTPUTS
+        return max(1, self.parts * self.depth // self.layout.block_size), PROGRAM_OUTPUTS
 
     def codes_at(self, step, program):
         from jax.experimental import pallas as pl
 
         rows = self.parts * self._byte_rows
-        return [(pl.ds(step * rows, rows), pl.ds(program * OUTPUTS, OUTPUTS))]
+        return [(pl.ds(step * rows, rows), pl.ds(program * PROGRAM_OUTPUTS, PROGRAM_OUTPUTS))]
 
     def first_scale(self, step, program):
         from jax import lax
 
-        return lax.div(step * self.parts * self.depth, self.layout.block_size), program * OUTPUTS
+        return lax.div(step * self.parts * self.depth, self.layout.block_size), program * PROGRAM_OUTPUTS
 
     def operand(self, codes, scales, part, half, interpret):
         from jax.experimental import pallas as pl
@@ -145,11 +148,11 @@ class Transposed(Tiles):
 
     @property
     def code_tiles(self):
-        return self.parts * self.depth // lanes.SWIZZLE, OUTPUTS // self.layout.codes_per_byte, lanes.SWIZZLE
+        return self.parts * self.depth // lanes.SWIZZLE, PROGRAM_OUTPUTS // self.layout.codes_per_byte, lanes.SWIZZLE
 
     @property
     def scale_tile(self):
-        return max(1, OUTPUTS // self.layout.block_size), self.parts * self.depth
+        return max(1, PROGRAM_OUTPUTS // self.layout.block_size), self.parts * self.depth
 
     def codes_at(self, step, program):
         from jax.experimental import pallas as pl
@@ -160,7 +163,7 @@ class Transposed(Tiles):
     def first_scale(self, step, program):
         from jax import lax
 
-        return lax.div(program * OUTPUTS, self.layout.block_size), step * self.parts * self.depth
+        return lax.div(program * PROGRAM_OUTPUTS, self.layout.block_size), step * self.parts * self.depth
 
     def operand(self, codes, scales, part, half, interpret):
         from jax.experimental import pallas as pl

@@ -9,7 +9,7 @@ from keras import ops
 from interpreting import interpreter
 from stored_weights import UNIT, numbers, scales_of, stored, tensors
 
-from keras_precision.kernels import device, measured, reference, warpgroup
+from keras_precision.kernels import device, measured, reference, warpgroup, weight_only
 from keras_precision.kernels.layout import Layout
 from keras_precision.kernels.warpgroup import Slab
 
@@ -43,7 +43,8 @@ def test_products(name, rows, shape, slab, dtype):
     assert (np.abs(numbers(found) - x @ weight) <= bound + UNIT["float32"] * np.abs(x @ weight)).all()
 
 
-# Two rows of blocks in a program and one, several tiles a step, columns split among programs and not.
+# Two rows of blocks in a program, one, and one in several; several tiles a step; columns split among programs and not;
+# programs that can't pair up in clusters.
 @pytest.mark.parametrize(
     "name, rows, shape, slab, dtype",
     [
@@ -51,7 +52,8 @@ def test_products(name, rows, shape, slab, dtype):
         ("nf4", 9, (128, 384), Slab(8, 2, 2, programs=4), "float16"),
         ("int4/128", 1, (256, 128), Slab(8, 2, 2, pairs=2, programs=1), "bfloat16"),
         ("nf4-dq", 2, (128, 640), Slab(8, 4, 2, pairs=2, programs=1), "bfloat16"),
-        ("int8-weight-only", 5, (384, 128), Slab(8, 1, 3, programs=1), "float16"),
+        ("nf4/256", 3, (512, 128), Slab(8, 2, 2, programs=1), "bfloat16"),
+        ("int8-weight-only", 5, (384, 128), Slab(8, 1, 3, cluster=2, programs=1), "float16"),
     ],
 )
 def test_transposed_products(name, rows, shape, slab, dtype):
@@ -119,6 +121,7 @@ def on_hopper(monkeypatch):
 
     monkeypatch.setattr(device, "has_triton", lambda: True)
     monkeypatch.setattr(device, "has_wgmma", lambda: True)
+    monkeypatch.setattr(weight_only, "can_decode", lambda *_: False)  # by a kernel that isn't interpreted here
     for name in ("product", "transposed_product", "integer_product"):
         monkeypatch.setattr(warpgroup, name, interpreted(getattr(warpgroup, name)))
     slabs = ((8, Slab(8, 1, 2, programs=1)),)
@@ -147,6 +150,42 @@ def test_dispatch_of_gradients(on_hopper, name):
     (found,) = gradient(upstream)
     assert on_hopper.count("transposed_product") == 1 and found.shape == x.shape and found.dtype == "bfloat16"
     np.testing.assert_allclose(numbers(found), numbers(upstream) @ weight.T, rtol=0.02, atol=0.7)
+
+
+@pytest.mark.parametrize("most, shape", [(2, (128, 256)), (8, (192, 128))])
+def test_gradients_that_no_kernel_takes(on_hopper, monkeypatch, most, shape):
+    """More rows than slabs are for, and a weight whose rows make no whole programs."""
+    import jax
+
+    slabs = ((most, Slab(8, 1, 2, programs=1)),)
+    monkeypatch.setattr(measured, "TRANSPOSED_SLABS", dict.fromkeys(measured.TRANSPOSED_SLABS, slabs))
+    codec, parts, weight = stored("nf4", *shape)
+    draw = np.random.default_rng(0)
+    x, upstream = (jax.numpy.asarray(draw.standard_normal((3, size)), "bfloat16") for size in shape)
+    _, gradient = jax.vjp(lambda x: codec.matmul(x, tensors(parts), shape, "bfloat16"), x)
+    (found,) = gradient(upstream)
+    assert on_hopper == ["product"]
+    np.testing.assert_allclose(numbers(found), numbers(upstream) @ weight.T, rtol=0.02, atol=0.7)
+
+
+def test_gradients_have_gradients(on_hopper):
+    """As a penalty on gradients needs them."""
+    import jax
+
+    codec, parts, weight = stored("nf4", 128, 256)
+    x = jax.numpy.ones((2, 128), "bfloat16")
+
+    def output(x, head):
+        return (codec.matmul(x, tensors(parts), (128, 256), "bfloat16") * head).sum()
+
+    def penalty(head):
+        return (jax.grad(output)(x, head).astype("float32") ** 2).sum()
+
+    head = np.random.default_rng(0).standard_normal(256).astype("float32")
+    found = jax.grad(penalty)(jax.numpy.asarray(head))
+    assert "transposed_product" in on_hopper
+    expected = 2 * 2 * weight.T @ (weight @ head)
+    np.testing.assert_allclose(numbers(found), expected, rtol=0.05, atol=0.02 * np.abs(expected).max())
 
 
 def slabs_of(tiles):

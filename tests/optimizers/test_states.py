@@ -337,14 +337,16 @@ def test_dynamic_values():
     np.testing.assert_allclose(unsigned[1:127], halves / 10, rtol=3e-7)
 
 
-def nearest(dynamic, number):
-    return ops.convert_to_numpy(dynamic.nearest(ops.convert_to_tensor(number[None]), ops.ones((1,))))[0]
+def nearest(dynamic, number, scale=1.0):
+    scale = ops.full((1,), scale)
+    return ops.convert_to_numpy(dynamic.nearest(ops.convert_to_tensor(number[None]), scale))[0]
 
 
-def excess(dynamic, number):
-    """How much farther than the nearest value the chosen one is from each number, as multiple of the number."""
-    number = number.astype("float64")
-    codes = nearest(dynamic, number.astype("float32"))
+def excess(dynamic, number, scale=1.0):
+    """How much farther than the nearest value the chosen one is from each number / scale, as multiple of that."""
+    scaled = (number * np.float32(scale)).astype("float32")
+    codes = nearest(dynamic, scaled, scale)
+    number = scaled.astype("float64") / np.float64(np.float32(scale))
     assert ((codes >= 0) & (codes < len(dynamic.values))).all()
     values = np.array(dynamic.values)
     above = np.clip(np.searchsorted(values, number), 1, len(values) - 1)
@@ -364,7 +366,8 @@ def test_nearest_values(dynamic):
     even = generator.uniform(0, 1, 200_000).astype("float32")
     number = np.concatenate([array, middles, *around, spread, even, [0]]).astype("float32")
     number = np.concatenate([number, -number]) if dynamic.zero else number[number >= 0]
-    assert excess(dynamic, number).max() <= 2.0**-18
+    for scale in (1.0, 0.3, 7e20):
+        assert excess(dynamic, number, scale).max() <= 2.0**-18
     assert np.array_equal(nearest(dynamic, array), np.arange(len(array)))
 
 

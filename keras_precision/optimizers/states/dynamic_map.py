@@ -13,7 +13,9 @@ from keras_precision.optimizers.states import absmax
 # Numbers are divided by scales in multiples of 1 / 16: the reciprocal of one above 2**126 is subnormal.
 _UNIT = 16.0
 _EXPONENT = 0xFF << 23
-_DOWN = 2.0**23 - 0.5  # added to a float32 in [1, 2**22), it leaves the integer part in the sum's last bits
+_DOWN = (
+    2.0**23 - 0.5
+)  # added to a float32 in [1, 2**22), it leaves the integer part in the sum's last bits; of 3 it makes 2
 _INTEGERS = int(np.float32(2**23).view("int32"))
 _LATE = 0.2  # by how much F is above 2**p where K becomes 2**p
 
@@ -59,9 +61,12 @@ class DynamicMap:
     one before the middle between their decades: F is the least of all lines,
     whichever decade m is in. That middle, where K becomes 2**p, has the F
     2**p + 0.2, as values of two decades are farther apart than those of one.
+    In the first decade, whose least value has zero below it, F is another line
+    that has the same F in its first two middles.
 
     Attributes:
-        values: ascending, as `dynamic_values` gives them.
+        values: ascending, as `dynamic_values` gives them, of at least 3 bits
+            if signed: one decade alone has but one middle.
     """
 
     values: tuple[float, ...]
@@ -88,7 +93,7 @@ class DynamicMap:
 
     @cached_property
     def _lines(self) -> list[tuple[float, float]]:
-        """Slope and F(0) of each decade's F. The first one has few values or one: its line ends at the next decade."""
+        """Slope and F(0) of each decade's F, from its first two middles; decade 0 has but one, and the next decade's."""
         lines = []
         for decade in self._decades:
             left, right = (self._midpoint(2**decade + i) for i in range(2))
@@ -103,9 +108,10 @@ class DynamicMap:
         The distance is at most the least one plus 2**-18 of the number: F(m) of
         m comes of four roundings of its first summand, s, one of the second
         and one of the sum, which are at most 8 * s and 9 * s, so that the middle
-        between two values is missed by 2**-24 * (4 + 8 + 9) of m, and the
-        distance is greater by twice that. Compiled code may round a product and
-        a sum once, so that it may choose the other of two values as near.
+        between two values is missed by 2**-24 * (4 + 8 + 9) of m, of values
+        rounded to float32 by 2**-24 * 5 more, and the distance is greater by
+        twice that. Compiled code may round a product and a sum once, so that it
+        may choose the other of two values as near.
 
         Args:
             grouped: float32 tensor (..., block_size); signs are ignored if the
@@ -113,7 +119,7 @@ class DynamicMap:
             scale: float32 tensor (...), as `absmax.py` makes them.
 
         Returns:
-            int32 tensor (..., block_size).
+            int32 tensor (..., block_size); of NaN any number.
         """
         scaled = grouped * absmax.reciprocal(scale, _UNIT)
         magnitude = ops.abs(scaled)
