@@ -1,4 +1,4 @@
-"""Weights as formats store them, and the numbers that they stand for."""
+"""Weights as formats store them, the numbers that they stand for, and what they are multiplied with."""
 
 import functools
 
@@ -28,6 +28,11 @@ def tensors(parts):
 def scales_of(parts):
     """What kernels take as scales."""
     return double_quant.arrays(tensors(parts)) if "scale_codes" in parts else [parts["scale"]]
+
+
+def activations(rows, width, dtype):
+    """Random activations, or gradients."""
+    return ops.convert_to_tensor(np.random.default_rng(rows).standard_normal((rows, width), dtype="float32"), dtype)
 
 
 def numbers(tensor):

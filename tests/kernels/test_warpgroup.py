@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 from keras import ops
 from interpreting import interpreter
-from stored_weights import UNIT, numbers, scales_of, stored, tensors
+from stored_weights import UNIT, activations, numbers, scales_of, stored, tensors
 
 from keras_precision.kernels import device, measured, reference, warpgroup, weight_only
 from keras_precision.kernels.layout import Layout
 from keras_precision.kernels.warpgroup import Slab
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
+
+
+def bound_of_sums(x, weight, unit):
+    """What products document, before their result is rounded."""
+    return np.abs(x) @ np.abs(weight) * (unit + (len(weight) + 3) * 2.0**-24)
 
 
 # A slab of each number of parts and pairs, less than a slab and more, k split among programs and not, blocks in a step
@@ -32,14 +37,12 @@ def test_products(name, rows, shape, slab, dtype):
     codec, parts, weight = stored(name, *shape)
     layout = codec.layout(shape)
     assert warpgroup.can_run(layout, dtype)
-    x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((rows, shape[0]), dtype="float32"), dtype)
+    x = activations(rows, shape[0], dtype)
     arrays = parts["codes"], scales_of(parts), layout
     found = warpgroup.product(x, *arrays, slab, dtype, "float32", interpret=interpreter())
     assert found.shape == (rows, shape[1]) and found.dtype == "float32"
     x = numbers(x)
-    # The bound that `product` documents.
-    unit = UNIT[dtype] if layout.block_size else 0
-    bound = np.abs(x) @ np.abs(weight) * (unit + (shape[0] + 3) * 2.0**-24)
+    bound = bound_of_sums(x, weight, UNIT[dtype] if layout.block_size else 0)
     assert (np.abs(numbers(found) - x @ weight) <= bound + UNIT["float32"] * np.abs(x @ weight)).all()
 
 
@@ -60,13 +63,12 @@ def test_transposed_products(name, rows, shape, slab, dtype):
     codec, parts, weight = stored(name, *shape)
     layout = codec.layout(shape)
     assert warpgroup.can_run_transposed(layout, dtype)
-    x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((rows, shape[1]), dtype="float32"), dtype)
+    x = activations(rows, shape[1], dtype)
     arrays = parts["codes"], scales_of(parts), layout
     found = warpgroup.transposed_product(x, *arrays, slab, dtype, interpret=interpreter())
     assert found.shape == (rows, shape[0]) and found.dtype == dtype
-    x, exact = numbers(x), numbers(x) @ weight.T
-    # The bound that `transposed_product` documents.
-    bound = np.abs(x) @ np.abs(weight).T * (UNIT[dtype] + (shape[1] + 3) * 2.0**-24)
+    x = numbers(x)
+    bound, exact = bound_of_sums(x, weight.T, UNIT[dtype]), x @ weight.T
     assert (np.abs(numbers(found) - exact) <= bound + UNIT[dtype] * (np.abs(exact) + bound)).all()
 
 
@@ -139,31 +141,32 @@ def test_dispatch(on_hopper, name, kernel):
     np.testing.assert_allclose(numbers(found), numbers(x) @ weight, rtol=0.02, atol=0.5)
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8-weight-only", "int8", "llm-int8"])
-def test_dispatch_of_gradients(on_hopper, name):
+def gradient(name, shape, rows):
+    """The gradient with respect to bfloat16 activations (*rows, k), that of the result, and the weight."""
     import jax
 
-    codec, parts, weight = stored(name, 128, 256)
+    codec, parts, weight = stored(name, *shape)
     draw = np.random.default_rng(0)
-    x, upstream = (jax.numpy.asarray(draw.standard_normal((2, 3, size)), "bfloat16") for size in (128, 256))
-    _, gradient = jax.vjp(lambda x: codec.matmul(x, tensors(parts), (128, 256), "bfloat16"), x)
-    (found,) = gradient(upstream)
-    assert on_hopper.count("transposed_product") == 1 and found.shape == x.shape and found.dtype == "bfloat16"
+    x, upstream = (jax.numpy.asarray(draw.standard_normal((*rows, size)), "bfloat16") for size in shape)
+    _, backward = jax.vjp(lambda x: codec.matmul(x, tensors(parts), shape, "bfloat16"), x)
+    (found,) = backward(upstream)
+    assert found.shape == x.shape and found.dtype == "bfloat16"
+    return found, upstream, weight
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8-weight-only", "int8", "llm-int8"])
+def test_dispatch_of_gradients(on_hopper, name):
+    found, upstream, weight = gradient(name, (128, 256), (2, 3))
+    assert on_hopper.count("transposed_product") == 1
     np.testing.assert_allclose(numbers(found), numbers(upstream) @ weight.T, rtol=0.02, atol=0.7)
 
 
 @pytest.mark.parametrize("most, shape", [(2, (128, 256)), (8, (192, 128))])
 def test_gradients_that_no_kernel_takes(on_hopper, monkeypatch, most, shape):
     """More rows than slabs are for, and a weight whose rows make no whole programs."""
-    import jax
-
     slabs = ((most, Slab(8, 1, 2, programs=1)),)
     monkeypatch.setattr(measured, "TRANSPOSED_SLABS", dict.fromkeys(measured.TRANSPOSED_SLABS, slabs))
-    codec, parts, weight = stored("nf4", *shape)
-    draw = np.random.default_rng(0)
-    x, upstream = (jax.numpy.asarray(draw.standard_normal((3, size)), "bfloat16") for size in shape)
-    _, gradient = jax.vjp(lambda x: codec.matmul(x, tensors(parts), shape, "bfloat16"), x)
-    (found,) = gradient(upstream)
+    found, upstream, weight = gradient("nf4", shape, (3,))
     assert on_hopper == ["product"]
     np.testing.assert_allclose(numbers(found), numbers(upstream) @ weight.T, rtol=0.02, atol=0.7)
 

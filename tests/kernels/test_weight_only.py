@@ -5,8 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-from keras import ops
-from stored_weights import UNIT, numbers, scales_of, stored, tensors
+from stored_weights import UNIT, activations, numbers, scales_of, stored, tensors
 
 import keras_precision
 from keras_precision.formats import FORMATS
@@ -20,10 +19,6 @@ KINDS = {"nf4": "table", "fp4-dq": "table", "int4": "whole", "int8-weight-only":
 BY_NUMBER, BY_UNITS = Strip(16, 2, 4, 2, 4), Tile(16, 16, 16, decodes_ahead=True)
 # Even and odd, tiles' multiples and not, and less than a block, a tile or a byte.
 SHAPES = [(128, 32), (77, 33), (1, 1)]
-
-
-def activations(rows, k, dtype):
-    return ops.convert_to_tensor(np.random.default_rng(rows).standard_normal((rows, k), dtype="float32"), dtype)
 
 
 def product(x, codes, scales, layout, tile, *others):
