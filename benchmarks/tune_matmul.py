@@ -33,10 +33,10 @@ def tiles(rows, kind):
                 yield from (Warps(columns, width, warps, ahead, 132 * 16 // warps) for ahead in (1, 2))
         batch = min(-(-rows // 8) * 8, 256)
         for parts, stages in ((1, 4), (1, 5), (2, 3), (2, 4), (2, 5), (4, 3), (4, 4), (4, 5), (8, 3)):
-            for looks_up in (True, False) if kind == "whole" else (True,):
-                yield from (Slab(batch, parts, stages, cluster, looks_up=looks_up) for cluster in (1, 2))
+            for tabled in (False, True) if kind == "table" else (False,):
+                yield from (Slab(batch, parts, stages, cluster, tabled=tabled) for cluster in (1, 2))
                 if batch <= 64 and parts > 1:
-                    yield Slab(batch, parts, stages, pairs=2, looks_up=looks_up)
+                    yield Slab(batch, parts, stages, pairs=2, tabled=tabled)
     if rows <= 2:
         for columns, runs, programs in itertools.product((128, 256, 512), (4, 8), (448, 896)):
             for reads in (4, 8):

@@ -8,7 +8,7 @@ warp's 16, as they lie side by side in memory: `ldmatrix` brings a lane its code
 from __future__ import annotations
 
 from keras_precision.kernels import codes as code_values
-from keras_precision.kernels import decoded_words, lanes
+from keras_precision.kernels import byte_table, decoded_words, lanes
 from keras_precision.kernels.layout import Layout, group_in_registers, scales_at
 
 OUTPUTS = 64
@@ -22,16 +22,16 @@ def depth_of(dtype: str) -> int:
     return lanes.SWIZZLE // jnp.dtype(dtype).itemsize
 
 
-def decode(codes, scales, half, layout: Layout, dtype: str, looks_up: bool, interpret: bool):
+def decode(codes, scales, table, half, layout: Layout, dtype: str, interpret: bool):
     """Returns the left operand: weights rounded to `dtype`, or int8 codes as they are.
 
     Args:
         codes: reference to a swizzled tile in shared memory, (byte rows, 128).
         scales: reference to float32 (128,) in shared memory; None to leave them out.
+        table: see `decoded_words.codes_of`.
         half: int32 scalar, 0 or 1: which half of the columns.
         layout: what the codes mean.
         dtype: "float16", "bfloat16", or `lanes.INT8`.
-        looks_up: see `decoded_words.codes_of`.
         interpret: True for what runs in Pallas's interpreter.
 
     Returns:
@@ -45,18 +45,29 @@ def decode(codes, scales, half, layout: Layout, dtype: str, looks_up: bool, inte
     operand = plgpu.Layout.WGMMA_8BIT if is_int8 else plgpu.Layout.WGMMA
     shape = (OUTPUTS, depth_of(dtype))
 
-    def in_lanes(context, codes, *scales):
-        lane = lanes.Lane()
+    def in_lanes(context, codes, *others):
+        lane, others = lanes.Lane(), iter(others)
+        of_columns, of_bytes = (None if given is None else next(others) for given in (scales, table))
         if is_int8:
             registers = _bytes_as_they_are(codes, lane)
         else:
-            registers = _decoded(codes, scales[0] if scales else None, lane, layout, dtype, looks_up)
+            registers = _decoded(codes, of_columns, of_bytes, lane, layout, dtype)
         return lanes.array(registers, shape, operand.to_mgpu(), dtype)
 
-    references = [codes, *([] if scales is None else [scales])]
+    references = [codes, *(other for other in (scales, table) if other is not None)]
     types = [plgpu.RefType(transforms("uint8")), *[plgpu.RefType()] * (len(references) - 1)]
     result = plgpu.ShapeDtypeStruct(shape, dtype, layout=operand)
     return plgpu.inline_mgpu(arg_types=types, return_type=result)(in_lanes)(*references)
+
+
+def fill(table, values, warps: int) -> None:
+    """Fills a table of a codebook's values; see `byte_table.fill`."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def in_lanes(context, table):
+        byte_table.fill(table, values, warps)
+
+    plgpu.inline_mgpu(arg_types=[plgpu.RefType()])(in_lanes)(table)
 
 
 def expanded_scales(codes, factors, block, column, layout: Layout, interpret: bool):
@@ -187,16 +198,19 @@ _PAIRS_OF_NIBBLES = [((2 * byte + 1, byte % 2), (2 * byte, byte % 2)) for byte i
 _PAIRS_OF_BYTES = [((column, column), (2 + column, column)) for column in range(2)]
 
 
-def _decoded(tile, scales, lane, layout, dtype, looks_up):
+def _decoded(tile, scales, table, lane, layout, dtype):
     """Returns the registers of `decode` for a 16-bit operand, in wgmma's order: 8 rows, of which each column's pair."""
-    codes = decoded_words.codes_of(layout, lane, looks_up)
+    codes = decoded_words.codes_of(layout, lane, table)
     factors = [] if scales is None else lane.pair(scales, lane.column)
+    make = decoded_words.rounded_pairs
+    if decoded_words.multiplies_pairs(codes, dtype, bool(factors)):
+        factors, make = [decoded_words.parts_of(factor) for factor in factors], decoded_words.multiplied_pairs
     is_packed = layout.codes_per_byte == 2
     pairs, row_of = (_PAIRS_OF_NIBBLES, lane.row_of_nibbles) if is_packed else (_PAIRS_OF_BYTES, lane.row_of_bytes)
     registers = []
     for first in range(0, depth_of(dtype) // layout.codes_per_byte, 32):
         for word in lane.matrices(tile, first, row_of):
-            registers += decoded_words.rounded_pairs(codes, word, pairs, factors, dtype)
+            registers += make(codes, word, pairs, factors, dtype)
     return registers
 
 

@@ -145,6 +145,13 @@ def assembly(lines, inputs, n_results, has_side_effects=False):
     return [found][:n_results]
 
 
+def kept(constant: int):
+    """Returns an int32 whose value compilers don't know: they copy known ones to a register before each use."""
+    # No program has so many threads.
+    lines = ["shr.u32 $0, $1, 16;", f"or.b32 $0, $0, {constant:#x};"]
+    return assembly(lines, [thread_index()], 1)[0]
+
+
 def store_pair(numbers, pointer, row, n_rows, dtype):
     """Stores two float32 numbers side by side, rounded, if row < n_rows."""
     text = ".reg .pred exists; .reg .b32 both; setp.lt.s32 exists, $3, $4;"
@@ -211,6 +218,11 @@ def further(pointer, offset):
     dynamic = -(2**31)  # MLIR's mark for an index that is an operand
     byte = ir.IntegerType.get_signless(8)
     return llvm.getelementptr(pointer.type, pointer, [integer(offset)], [dynamic], byte, llvm.GEPNoWrapFlags.none)
+
+
+def address(reference):
+    """Returns where a reference to shared memory begins in it."""
+    return _as_integer(pointer(reference, 0))
 
 
 def _as_integer(pointer):

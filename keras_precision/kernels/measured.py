@@ -70,11 +70,12 @@ PLANS = {
 }
 
 _FROM_17_ROWS = ((32, Slab(32, 4, 5, pairs=2)), (64, Slab(64, 4, 3, pairs=2)), (128, Slab(128, 2, 5)))
-_FROM_129_ROWS = ((2048, Slab(256, 2, 3, cluster=2)),)
+_BY_TABLE = ((32, Slab(32, 4, 4, pairs=2, tabled=True)), (64, Slab(64, 2, 5, pairs=2, tabled=True)))
+_OF_CODEBOOKS = (*_FROM_17_ROWS, (math.inf, Slab(256, 1, 4, cluster=2, tabled=True)))
 HOPPER_TILES = {
-    "whole": ((16, Warps()), *_FROM_17_ROWS, (2048, Slab(256, 2, 3, cluster=2, looks_up=False))),
-    "table": ((16, Warps()), *_FROM_17_ROWS, *_FROM_129_ROWS),
-    "double-quantized": ((8, Warps()), (16, Slab(16, 8, 3, pairs=2)), *_FROM_17_ROWS, *_FROM_129_ROWS),
+    "whole": ((16, Warps()), *_FROM_17_ROWS, (math.inf, Slab(256, 2, 3, cluster=2))),
+    "table": ((16, Warps()), *_BY_TABLE, *_OF_CODEBOOKS),
+    "double-quantized": ((8, Warps()), (16, Slab(16, 8, 3, pairs=2)), *_OF_CODEBOOKS),
     "bytes": (
         (16, Warps(64, 8, 8, programs=264)),
         (64, Slab(64, 2, 5)),
@@ -98,10 +99,10 @@ bfloat16, 2026-11-23.
 
 TRANSPOSED_SLABS = {
     "whole": (
-        (16, Slab(16, 4, 5, pairs=2, looks_up=False)),
-        (64, Slab(64, 4, 3, pairs=2, looks_up=False)),
-        (128, Slab(128, 2, 4, cluster=2, looks_up=False)),
-        (2048, Slab(256, 2, 3, cluster=2, looks_up=False)),
+        (16, Slab(16, 4, 5, pairs=2)),
+        (64, Slab(64, 4, 3, pairs=2)),
+        (128, Slab(128, 2, 4, cluster=2)),
+        (2048, Slab(256, 2, 3, cluster=2)),
     ),
     "table": (
         (16, Slab(16, 4, 5, pairs=2)),

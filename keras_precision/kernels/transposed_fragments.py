@@ -11,7 +11,7 @@ from keras_precision.kernels import decoded_words, fragments, lanes
 from keras_precision.kernels.layout import Layout
 
 
-def decode(codes, scales, half, first: int, layout: Layout, dtype: str, looks_up: bool, interpret: bool):
+def decode(codes, scales, half, first: int, layout: Layout, dtype: str, interpret: bool):
     """Returns the left operand: half of a tile's rows by 64 of its columns, rounded to `dtype`.
 
     Args:
@@ -22,7 +22,6 @@ def decode(codes, scales, half, first: int, layout: Layout, dtype: str, looks_up
         first: of the columns, 0 or 64.
         layout: what the codes mean.
         dtype: "float16" or "bfloat16".
-        looks_up: see `decoded_words.codes_of`.
         interpret: True for what runs in Pallas's interpreter.
 
     Returns:
@@ -35,7 +34,7 @@ def decode(codes, scales, half, first: int, layout: Layout, dtype: str, looks_up
     shape, operand = (fragments.OUTPUTS, fragments.depth_of(dtype)), plgpu.Layout.WGMMA
 
     def in_lanes(context, codes, scales):
-        registers = _decoded(codes, scales, lanes.Lane(), first, layout, dtype, looks_up)
+        registers = _decoded(codes, scales, lanes.Lane(), first, layout, dtype)
         return lanes.array(registers, shape, operand.to_mgpu(), dtype)
 
     types = [plgpu.RefType(fragments.transforms("uint8")), plgpu.RefType()]
@@ -57,9 +56,9 @@ _PAIRS_OF_NIBBLES = [((1, 0), (3, 1)), ((0, 0), (2, 1))]
 _PAIRS_OF_BYTES = [((0, 0), (1, 1))]
 
 
-def _decoded(tile, scales, lane, first, layout, dtype, looks_up):
+def _decoded(tile, scales, lane, first, layout, dtype):
     """Returns the registers of `decode`, in wgmma's order: 8 columns, of which each row's pair."""
-    codes = decoded_words.codes_of(layout, lane, looks_up)
+    codes = decoded_words.codes_of(layout, lane)
     pairs = _PAIRS_OF_NIBBLES if layout.codes_per_byte == 2 else _PAIRS_OF_BYTES
     rows, registers = 2 // len(pairs), []
     for column in range(0, fragments.depth_of(dtype), 8):

@@ -10,7 +10,7 @@ import abc
 from dataclasses import dataclass
 from typing import ClassVar
 
-from keras_precision.kernels import fragments, lanes, transposed_fragments
+from keras_precision.kernels import byte_table, fragments, lanes, transposed_fragments
 from keras_precision.kernels.layout import Layout
 
 PROGRAM_OUTPUTS = 2 * fragments.OUTPUTS
@@ -28,7 +28,6 @@ class Tiles(abc.ABC):
         layout: of the weight.
         dtype: of what it is multiplied with.
         parts: operands a step, at least `least_parts`.
-        looks_up: see `decoded_words.codes_of`.
         axes: of the weight: the one that is contracted, the one that is left.
         depth: what an operand contracts.
         code_tiles: how many tiles of codes a step fetches, and their shape.
@@ -38,9 +37,14 @@ class Tiles(abc.ABC):
     layout: Layout
     dtype: str
     parts: int
-    looks_up: bool
     axes: ClassVar[tuple[int, int]]
     least_parts: ClassVar[int]
+
+    @property
+    def has_table(self) -> bool:
+        """Whether codes may be looked up in a `byte_table`: rounding values to float16 adds little to bfloat16's."""
+        is_codebook = self.layout.kind == "table" and byte_table.can_hold(self.layout.values)
+        return self.axes == Straight.axes and self.dtype == "bfloat16" and is_codebook
 
     @property
     def depth(self) -> int:
@@ -63,12 +67,13 @@ class Tiles(abc.ABC):
         """Returns the first block and the first column whose scales a step needs."""
 
     @abc.abstractmethod
-    def operand(self, codes, scales, part: int, half, interpret: bool):
+    def operand(self, codes, scales, table, part: int, half, interpret: bool):
         """Returns the left operand of a product.
 
         Args:
             codes: reference to a step's tiles of codes.
             scales: reference to its scales; None to leave them out.
+            table: see `decoded_words.codes_of`.
             part: which of the step's operands.
             half: int32 scalar, 0 or 1: which half of the outputs.
             interpret: True for what runs in Pallas's interpreter.
@@ -129,12 +134,12 @@ class Straight(Tiles):
 
         return lax.div(step * self.parts * self.depth, self.layout.block_size), program * PROGRAM_OUTPUTS
 
-    def operand(self, codes, scales, part, half, interpret):
+    def operand(self, codes, scales, table, part, half, interpret):
         from jax.experimental import pallas as pl
 
         own = codes.at[0, pl.ds(part * self._byte_rows, self._byte_rows)]
         of_block = None if scales is None else scales.at[part * self.scale_tile[0] // self.parts]
-        return fragments.decode(own, of_block, half, self.layout, self.dtype, self.looks_up, interpret)
+        return fragments.decode(own, of_block, table, half, self.layout, self.dtype, interpret)
 
     @property
     def _byte_rows(self):
@@ -165,12 +170,10 @@ class Transposed(Tiles):
 
         return lax.div(program * PROGRAM_OUTPUTS, self.layout.block_size), step * self.parts * self.depth
 
-    def operand(self, codes, scales, part, half, interpret):
+    def operand(self, codes, scales, table, part, half, interpret):
         from jax.experimental import pallas as pl
 
         columns = pl.ds(part * self.depth, self.depth)
         tile, first = divmod(part * self.depth, lanes.SWIZZLE)
         of_columns = scales.at[half if self.scale_tile[0] > 1 else 0, columns]
-        return transposed_fragments.decode(
-            codes.at[tile], of_columns, half, first, self.layout, self.dtype, self.looks_up, interpret
-        )
+        return transposed_fragments.decode(codes.at[tile], of_columns, half, first, self.layout, self.dtype, interpret)

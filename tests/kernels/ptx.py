@@ -21,12 +21,16 @@ def lop3(a, b, c, table):
     return sum((table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1) << i for i in range(32))
 
 
-def fma_of(dtype):
-    def fma(*words):
-        a, b, c = (np.array([word], "uint32").view("uint16").view(dtype).astype("float64") for word in words)
-        return int((a * b + c).astype(dtype).view("uint32")[0])
+def of_pairs(operation, dtype):
+    def result(*words):
+        pairs = (np.array([word], "uint32").view("uint16").view(dtype).astype("float64") for word in words)
+        return int(operation(*pairs).astype(dtype).view("uint32")[0])
 
-    return fma
+    return result
+
+
+def multiplied_and_added(a, b, c):
+    return a * b + c
 
 
 def of_float32(operation):
@@ -52,14 +56,18 @@ INSTRUCTIONS = {
     "xor": lambda a, b: a ^ b,
     "add.u32": lambda a, b: (a + b) & 0xFFFFFFFF,
     "add.f32": of_float32(np.add),
+    "sub.f32": of_float32(np.subtract),
     "mul.f32": of_float32(np.multiply),
     "cvt.rn.f16x2.f32": cvt_to("float16"),
     "cvt.rn.bf16x2.f32": cvt_to(ml_dtypes.bfloat16),
+    "cvt.f32.f16": lambda a: int(np.array([a], "uint16").view("float16").astype("float32").view("uint32")[0]),
     "shr": lambda a, b: a >> b,
     "prmt": prmt,
     "lop3": lop3,
-    "fma.f16x2": fma_of("float16"),
-    "fma.bf16x2": fma_of(ml_dtypes.bfloat16),
+    "fma.f16x2": of_pairs(multiplied_and_added, "float16"),
+    "fma.bf16x2": of_pairs(multiplied_and_added, ml_dtypes.bfloat16),
+    "mul.f16x2": of_pairs(np.multiply, "float16"),
+    "mul.bf16x2": of_pairs(np.multiply, ml_dtypes.bfloat16),
     "setp.ne": lambda a, b: int(a != b),
     "selp": lambda a, b, predicate: a if predicate else b,
 }
@@ -77,12 +85,41 @@ def shuffled(values, sources, control):
     return [values[(lane & segment) | (source & 31 & ~segment)] for lane, source in enumerate(sources)]
 
 
-def executed(code, n_outputs, inputs):
-    """What an instance of the code leaves in its outputs; these and its inputs are lists of each lane's word."""
+def places_of(addresses):
+    """Which words of memory are at some addresses; banks don't collide."""
+    places = np.array(addresses) // 4
+    assert not (np.array(addresses) % 4).any() and len(set(places % 32)) == LANES
+    return places
+
+
+def halves(word):
+    """A register's two 16-bit parts, the lower first."""
+    return word & 0xFFFF, word >> 16
+
+
+def executed(code, n_outputs, inputs, memory=None):
+    """What an instance of the code leaves in its outputs; these and its inputs are lists of each lane's word.
+
+    Words are read from and stored in `memory`, an array of them.
+    """
     registers = {f"${n_outputs + place}": words for place, words in enumerate(inputs)}
     registers |= {"%nctaid.x": [112] * LANES, "%laneid": list(range(LANES))}
     for line in code.splitlines():
         if line in "{}" or line.startswith(".reg"):
+            continue
+        if access := re.fullmatch(
+            r"(?:ld.shared.b32 (\S+), )?(?:st.shared.b32 )?\[(\S+?)(\+\d+)?\](?:, (\S+))?;", line
+        ):
+            target, base, offset, source = access.groups()
+            places = places_of([word + int(offset or 0) for word in registers[base]])
+            if target:
+                registers[target] = memory[places].tolist()
+            else:
+                memory[places] = registers[source]
+            continue
+        if both := re.fullmatch(r"mov.b32 {(\S+), (\S+)}, (\S+);", line):
+            lower, upper, source = both.groups()
+            registers[lower], registers[upper] = zip(*map(halves, registers[source]), strict=True)
             continue
         name, target, *operands = re.fullmatch(r"(\S+) (.*);", line).expand(r"\1, \2").split(", ")
         values = [registers[x] if x in registers else [number(x)] * LANES for x in operands]

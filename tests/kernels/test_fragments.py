@@ -9,8 +9,9 @@ import pytest
 from ptx import LANES, executed
 
 from keras_precision.formats import FORMATS
-from keras_precision.kernels import fragments, lanes, transposed_fragments
+from keras_precision.kernels import byte_table, decoded_words, fragments, lanes, transposed_fragments
 from keras_precision.kernels.layout import Layout
+from keras_precision.kernels.weight_tiles import Straight, Transposed
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
 THREADS = 256
@@ -50,7 +51,8 @@ class Tile:
 
 @pytest.fixture
 def in_threads(monkeypatch):
-    """Lets `lanes` compute with arrays of all threads; returns what reads a tile."""
+    """Lets `lanes` compute with arrays of all threads; returns words of shared memory, where a table begins at 0."""
+    memory = np.full(256 * 64, UNWRITTEN, "uint32")
     operations = {"addi": operator.add, "muli": operator.mul, "andi": operator.and_, "xori": operator.xor}
     operations |= {"shli": operator.lshift, "shrui": operator.rshift}
     monkeypatch.setattr(lanes, "thread_index", lambda: np.arange(THREADS))
@@ -58,6 +60,7 @@ def in_threads(monkeypatch):
     monkeypatch.setattr(lanes, "operation", lambda name, a, b: operations[name](a, b))
     monkeypatch.setattr(lanes, "pointer", lambda reference, offset: (reference, offset))
     monkeypatch.setattr(lanes, "_as_integer", lambda pointer: pointer)
+    monkeypatch.setattr(lanes, "address", lambda table: np.zeros(THREADS, int))
     monkeypatch.setattr(lanes, "choose", lambda values, lane: np.array(values, "float32").view("uint32")[lane % 16])
     monkeypatch.setattr(lanes.Lane, "if_upper_half", lambda lane, no, yes: np.where(lane.t > 1, yes, no))
     monkeypatch.setattr(
@@ -71,12 +74,13 @@ def in_threads(monkeypatch):
         if any(line.startswith("ld.shared.b16") for line in lines):
             ((tile, addresses),) = inputs
             return [tile.halfwords(addresses)]
-        assert has_side_effects == any("shfl" in line for line in lines)
+        assert has_side_effects == any("shfl" in line or "st." in line for line in lines)
         warps = [[array[first : first + LANES].tolist() for array in inputs] for first in range(0, THREADS, LANES)]
-        found = [executed("\n".join(lines), n_results, arrays) for arrays in warps]
-        return list(np.concatenate(np.array(found, "uint32"), axis=1))
+        found = [executed("\n".join(lines), n_results, arrays, memory) for arrays in warps]
+        return list(np.concatenate(np.array(found, "uint32"), axis=1)) if n_results else []
 
     monkeypatch.setattr(lanes, "assembly", assembly)
+    return memory
 
 
 def stored(layout, shape):
@@ -103,28 +107,85 @@ def operand(registers, dtype):
     return found
 
 
-KINDS = [("nf4", True), ("int4", True), ("int4", False), ("int8", True)]
+UNWRITTEN = 0xFFFFFFFF
+KINDS = ["nf4", "int4", "int8"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name, looks_up", KINDS)
-@pytest.mark.parametrize("has_scales", [True, False])
-def test_operands(in_threads, name, looks_up, dtype, has_scales):
+def decoded(name, dtype, table=None, has_scales=True):
+    """An operand of a tile, and what it should be before it is rounded."""
     codes, values = stored(LAYOUTS[name], (64, 128))
     scales = np.random.default_rng(1).standard_normal(128).astype("float32") if has_scales else None
-    expected = (values if scales is None else values * scales).astype(DTYPES[dtype]).T
-    registers = fragments._decoded(Tile(codes), scales, lanes.Lane(), LAYOUTS[name], dtype, looks_up)
-    np.testing.assert_array_equal(operand(registers, DTYPES[dtype]), expected)
+    registers = fragments._decoded(Tile(codes), scales, table, lanes.Lane(), LAYOUTS[name], dtype)
+    return operand(registers, DTYPES[dtype]), (values if scales is None else values * scales).T
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name, looks_up", KINDS)
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("has_scales", [True, False])
+def test_operands(in_threads, name, dtype, has_scales):
+    found, expected = decoded(name, dtype, has_scales=has_scales)
+    if name == "nf4" or dtype == "float16" or not has_scales:
+        np.testing.assert_array_equal(found, expected.astype(DTYPES[dtype]))
+    else:  # bfloat16 scales in two parts
+        error = np.abs(found.astype("float64") - expected)
+        assert (error <= (2.0**-8 + 2.0**-15) * np.abs(expected)).all()
+        assert (found == expected.astype(DTYPES[dtype])).mean() > 0.99
+
+
+def test_operands_by_table(in_threads):
+    values = LAYOUTS["nf4"].values
+    byte_table.fill(object(), values, THREADS // LANES)
+    of_lanes, rest = np.split(in_threads.reshape(256, 2 * LANES), 2, axis=1)
+    expected = np.array(values, "float16")[np.stack(np.divmod(np.arange(256), 16), -1)].view("uint32")
+    np.testing.assert_array_equal(of_lanes, np.broadcast_to(expected, of_lanes.shape))
+    assert (rest == UNWRITTEN).all()
+    found, expected = decoded("nf4", "bfloat16", table=object())
+    error = np.abs(found.astype("float64") - expected)
+    assert (error <= (2.0**-8 + 1.01 * 2.0**-11) * np.abs(expected)).all()
+    assert (found == expected.astype(DTYPES["bfloat16"])).mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    "tiles, name, dtype, expected",
+    [
+        (Straight, "nf4", "bfloat16", True),
+        (Straight, "nf4", "float16", False),
+        (Straight, "int4", "bfloat16", False),
+        (Straight, "int8", "bfloat16", False),
+        (Transposed, "nf4", "bfloat16", False),
+    ],
+)
+def test_what_has_a_table(tiles, name, dtype, expected):
+    assert tiles(LAYOUTS[name], dtype, 2).has_table is expected
+
+
+@pytest.mark.parametrize(
+    "least, greatest, expected", [(0, 1, True), (2.0**-14, 65504, True), (1e-5, 1, False), (1, 1e5, False)]
+)
+def test_what_a_table_can_hold(least, greatest, expected):
+    values = -float(greatest), *[0.5] * 14, float(least)
+    assert byte_table.can_hold(values) is expected
+    assert Straight(Layout((256, 256), values, 64), "bfloat16", 2).has_table is expected
+
+
+@pytest.mark.parametrize("value", [2.0**-100, 2.0**-120, -(2.0**119), np.nan])
+def test_parts_of_scales(in_threads, value):
+    scale = np.full(THREADS, 1.2345678 * value, "float32")
+    upper, rest = (
+        np.ascontiguousarray(part, "uint32").view(ml_dtypes.bfloat16).astype("float64")
+        for part in decoded_words.parts_of(scale.view("uint32"))
+    )
+    np.testing.assert_allclose((upper + rest) / 64, np.repeat(scale, 2).astype("float64"), rtol=2.0**-16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("first", [0, 64])
-def test_transposed_operands(in_threads, name, looks_up, dtype, first):
+def test_transposed_operands(in_threads, name, dtype, first):
     codes, values = stored(LAYOUTS[name], (128, 128))
     scales = np.random.default_rng(1).standard_normal(64).astype("float32")
     expected = (values[:, first : first + 64] * scales).astype(DTYPES[dtype])
-    arguments = Tile(codes), scales, lanes.Lane(), first, LAYOUTS[name], dtype, looks_up
+    arguments = Tile(codes), scales, lanes.Lane(), first, LAYOUTS[name], dtype
     np.testing.assert_array_equal(operand(transposed_fragments._decoded(*arguments), DTYPES[dtype]), expected)
 
 

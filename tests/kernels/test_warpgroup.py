@@ -22,7 +22,7 @@ def bound_of_sums(x, weight, unit):
 
 
 # A slab of each number of parts and pairs, less than a slab and more, k split among programs and not, blocks in a step
-# and steps in a block.
+# and steps in a block; programs that stay for several blocks of rows and of columns, or for one.
 @pytest.mark.parametrize(
     "name, rows, shape, slab, dtype",
     [
@@ -31,6 +31,8 @@ def bound_of_sums(x, weight, unit):
         ("int4/128", 1, (192, 128), Slab(8, 2, 2, pairs=2, programs=1), "bfloat16"),
         ("nf4-dq", 2, (320, 128), Slab(8, 4, 2, pairs=2, programs=1), "bfloat16"),
         ("int8-weight-only", 5, (128, 128), Slab(8, 1, 3, programs=1), "float16"),
+        ("nf4-dq", 9, (192, 384), Slab(8, 1, 2, programs=4), "bfloat16"),
+        ("int4", 12, (128, 256), Slab(8, 2, 3, programs=3), "bfloat16"),
     ],
 )
 def test_products(name, rows, shape, slab, dtype):
