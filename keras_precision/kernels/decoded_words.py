@@ -1,7 +1,7 @@
 """PTX that turns the codes in a word into pairs of 16-bit weights, in kernels for Mosaic GPU (JAX only).
 
-Numbers are float32, multiplied by scales as such, and rounded once; or, where that takes less time, 16-bit floats, two a
-register, multiplied by scales of two bfloat16 parts.
+Numbers are float32, multiplied by scales as such, and rounded once; or, where that takes less time, 16-bit floats, two
+a register, multiplied by scales of two bfloat16 parts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Codes(abc.ABC):
     """Codes in words, counted from the lowest bits.
 
     Attributes:
-        operands: registers of a lane that decoding takes beside the word.
+        operands: registers of a lane that `numbers` takes beside the word.
         takes_all_lanes: whether all lanes of a warp decode at once.
     """
 
@@ -32,8 +32,9 @@ class Codes(abc.ABC):
     def prepared(self, word: str) -> list[str]:
         """Returns what is done once with a word."""
 
+    @abc.abstractmethod
     def numbers(self, targets: Sequence[str], places: Sequence[int], word: str, operands: Sequence[str]) -> list[str]:
-        """Returns what makes numbers of the codes of a pair.
+        """Returns what makes float32 numbers of the codes of a pair.
 
         Args:
             targets: registers.
@@ -41,18 +42,21 @@ class Codes(abc.ABC):
             word: as given to `prepared`.
             operands: names of `operands`.
         """
-        return [
-            line
-            for target, place in zip(targets, places, strict=True)
-            for line in self.number(target, place, word, operands)
-        ]
 
+
+class SingleCodes(Codes):
+    """Codes that are decoded one by one."""
+
+    def numbers(self, targets, places, word, operands):
+        pairs = zip(targets, places, strict=True)
+        return [line for target, place in pairs for line in self.number(target, place, word, operands)]
+
+    @abc.abstractmethod
     def number(self, target: str, place: int, word: str, operands: Sequence[str]) -> list[str]:
-        """Returns what makes a number of one code, if codes are decoded one by one."""
-        raise NotImplementedError
+        """Returns what makes a number of one code."""
 
 
-class WholeNumbers(Codes):
+class WholeNumbers(SingleCodes):
     """Codes of numbers in a row, computed: that leaves shared memory's unit, which looks up too, to matrix units.
 
     Attributes:
@@ -109,7 +113,7 @@ class WholeNibbles(WholeNumbers):
         return place % 2, place // 2
 
 
-class LookedUpNibbles(Codes):
+class LookedUpNibbles(SingleCodes):
     """4-bit codes of a codebook, whose value lies in the lane whose number modulo 16 is the code.
 
     Two lookups in bytes of registers take a third more instructions (H100, 16
@@ -132,7 +136,11 @@ class LookedUpNibbles(Codes):
 
 
 class TabledNibbles(Codes):
-    """4-bit codes of a codebook, both of a byte looked up at once; see `byte_table`."""
+    """4-bit codes of a codebook, both of a byte looked up at once; see `byte_table`.
+
+    Words come from reads that keep their order (`Lane.matrices`), after the
+    table is filled, so that lookups come after that too.
+    """
 
     def __init__(self, table, lane):
         self.operands = byte_table.place(table, lane)
@@ -184,8 +192,8 @@ def rounded_pairs(codes: Codes, word, pairs: Sequence[tuple], scales: Sequence, 
     return lanes.assembly(lines, inputs, len(pairs), has_side_effects=codes.takes_all_lanes)
 
 
-# A power of two that makes a 16-bit float of a whole number in its lowest bits, however many zeros those begin with: that
-# many times less than the number.
+# By what to multiply a 16-bit float in whose lowest bits a whole number stands, and how many times less than the number
+# that is. (Also subnormal ones, which those are, are multiplied exactly.)
 _POWERS = {"float16": (2.0**15, 2.0**9), "bfloat16": (2.0**127, 2.0**6)}
 
 
@@ -195,7 +203,11 @@ def multiplies_pairs(codes: Codes, dtype: str, has_scales: bool) -> bool:
 
 
 def parts_of(scale) -> list:
-    """Returns two registers, each with a bfloat16 number twice, that add up to a float32 scale but for 2**-16 of it."""
+    """Returns two registers, each with a bfloat16 number twice, that add up to a scale times 64, but for 2**-16 of it.
+
+    Args:
+        scale: float32; of magnitudes from 2**-124 to 2**121 this is true, and NaN and zero stay.
+    """
     unit = np.float32(_POWERS["bfloat16"][1]).view("uint32")
     lines = [".reg .f32 scaled, rest;", ".reg .b32 upper;", f"mul.f32 scaled, $2, 0f{unit:08x};"]
     lines += ["cvt.rn.bf16x2.f32 $0, scaled, scaled;", "and.b32 upper, $0, 0xffff0000;"]
@@ -204,7 +216,10 @@ def parts_of(scale) -> list:
 
 
 def multiplied_pairs(codes: WholeNumbers, word, pairs: Sequence[tuple], scales: Sequence, dtype: str) -> list:
-    """Returns what `rounded_pairs` does, of weights that differ by at most 2**-15 of themselves before they are rounded.
+    """Returns what `rounded_pairs` does, of weights that may differ before they are rounded.
+
+    By at most 2**-15 of themselves, from magnitudes of 2**-118 on; without
+    scales they are exact.
 
     Args:
         codes: see `multiplies_pairs`.
@@ -216,7 +231,7 @@ def multiplied_pairs(codes: WholeNumbers, word, pairs: Sequence[tuple], scales: 
     kind, (power, unit) = lanes.PAIRS[dtype], _POWERS[dtype]
     factors = [f"${len(pairs) + 1 + place}" for place in range(2 * len(scales))]
     lines = [".reg .b32 both, power, bias, unit;", *codes.prepared(f"${len(pairs)}")]
-    constants = {"power": power, "bias": -codes.bias / unit, "unit": unit}
+    constants = {"power": power, "bias": -codes.bias / unit} | ({} if scales else {"unit": unit})
     lines += [f"mov.b32 {name}, {_twice(constant, dtype)};" for name, constant in constants.items()]
     for result, ((first, scale), (second, _)) in enumerate(pairs):
         low, high = (4 * which + byte for which, byte in map(codes.source, (first, second)))

@@ -46,6 +46,11 @@ def has_wgmma() -> bool:
     return jax.__version_info__ >= _OLDEST_JAX_WITH_WGMMA
 
 
+def multiprocessors() -> int:
+    """Returns how many multiprocessors the default device has, for other devices than GPUs as many as an H100."""
+    return getattr(default(), "core_count", None) or 132
+
+
 def has_float8() -> bool:
     """Returns whether the default device multiplies float8 matrices: NVIDIA GPUs from Ada on."""
     return _capability() >= 8.9

@@ -1,7 +1,7 @@
 """Products of activations with stored codes by Hopper's matrix units (wgmma), a kernel for Mosaic GPU (JAX only).
 
-A program multiplies 128 columns of the weight, or 128 rows where it is transposed, with some rows of x. One warpgroup
-fetches; the others decode 64 columns each into registers, from which matrix units take them; x comes from shared
+A unit of work is 128 columns of the weight, or 128 rows where it is transposed, times some rows of x; a program has one
+or several. One warpgroup fetches; the others decode 64 columns each into registers, from which matrix units take them; x comes from shared
 memory. While a part is multiplied the next is decoded, so that neither decoding nor a product waits. (The design is
 that of CUTLASS's mixed-input products: Gupta, "Mixed-input matrix multiplication performance optimizations", 2024.)
 """
@@ -34,9 +34,10 @@ class Slab:
         cluster: programs that read x together.
         pairs: of warpgroups, 1 or 2, that take turns at operands; two have
             registers for a batch of 64.
-        programs: so many run at once: where there are fewer units of work k is
-            split, and where there are more each takes several; an H100 has 132
-            multiprocessors.
+        programs: so many run at once, or as many as the device has
+            multiprocessors (an H100 132). Where there are fewer units of work k
+            is split, and where there are more a program with one pair takes
+            several.
         tabled: whether codes of a codebook are looked up two at a time where
             that is possible; see `Tiles.has_table` and `byte_table`.
     """
@@ -75,17 +76,19 @@ def product(
 ):
     """Returns x times the weight.
 
-    Weights are computed in float32 and rounded to `dtype`, unless they have one
-    scale a column, which multiplies sums. Products are exact and added up in
-    float32, so that results are those of `decoded` weights but for the order
-    of sums. With u = 2**-24 and v the unit roundoff of `dtype`, an element
-    differs from the exact product of x and the weight by at most
-    sum |x| |weight| (v + (k + 3) u), and one more rounding to `dtype`, where
-    weights are normal numbers of it; v doesn't count where values are whole
-    numbers that have one scale a column. In bfloat16 (v = 2**-8) weights may
-    differ before they are rounded: by 2**-15 of themselves if values are whole
-    numbers (with scales less than 2**121), and by 2**-11 if the slab is
-    `tabled`; then v is that much more.
+    Weights are computed and rounded to `dtype`, unless they have one scale a
+    column, which multiplies sums. Products are exact and added up in float32.
+    With u = 2**-24 and v the unit roundoff of `dtype`, an element differs from
+    the exact product of x and the weight by at most
+    sum |x| |weight| (v + e + (k + 3) u), and one more rounding to `dtype`,
+    where weights are normal numbers of it. v doesn't count where values are
+    whole numbers that have one scale a column.
+
+    Weights that are rounded are computed in float32 (e = 0: results are those
+    of `decoded` weights but for the order of sums), but in bfloat16, where
+    v = 2**-8, e is 2**-15 (1 + v) for whole numbers, if weights' magnitudes are
+    2**-118 at least and scales' less than 2**121 (from 2**122 on weights are
+    NaN), and 2**-11 (1 + v) for codebooks if the slab is `tabled`.
 
     Args:
         x: tensor (m, k) of `dtype`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from keras_precision.kernels import byte_table, fragments, lanes
+from keras_precision.kernels import byte_table, device, fragments, lanes
 from keras_precision.kernels.layout import vectors
 from keras_precision.kernels.weight_tiles import PROGRAM_OUTPUTS
 
@@ -49,7 +49,7 @@ def run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, st
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     layout, dtype, parts, depth = tiles.layout, tiles.dtype, tiles.parts, tiles.depth
-    batch, pairs, stages = slab.batch, slab.pairs, min(slab.stages, steps)
+    batch, pairs = slab.batch, slab.pairs
     outputs = layout.shape[tiles.axes[1]]
     programs = outputs // PROGRAM_OUTPUTS
     total_dtype, interpreted = "int32" if dtype == lanes.INT8 else "float32", interpret is not None
@@ -57,8 +57,10 @@ def run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, st
     per_block = layout.block_size is not None
     # Programs that stay begin to fetch what they need next while they write results.
     blocks, groups = -(-m // batch), programs // cluster
-    stays = splits == pairs == 1 and groups * blocks > slab.programs // cluster
-    grid = (max(1, slab.programs // cluster), 1, 1) if stays else (groups, splits, blocks)
+    at_once = max(1, min(slab.programs, device.multiprocessors()) // cluster)
+    is_staying = splits == pairs == 1 and groups * blocks > at_once
+    grid = (at_once, 1, 1) if is_staying else (groups, splits, blocks)
+    stages = min(slab.stages, steps * (groups * blocks // at_once if is_staying else 1))
     has_table = slab.tabled and not interpreted and tiles.has_table
     with_columns, with_rows = splits == 1 and not per_block and bool(scales), x_scale is not None
     scales = vectors(scales) if per_block or with_columns else []
@@ -84,18 +86,18 @@ def run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, st
         out_ref = next(refs)
         warpgroup, part = map(lax.axis_index, ("warpgroup", "part"))
         own_unit = lax.axis_index("group") * grid[2] + lax.axis_index("block")
-        own_units = lax.div(groups * blocks - own_unit + grid[0] - 1, grid[0]) if stays else 1
+        own_units = lax.div(groups * blocks - own_unit + grid[0] - 1, grid[0]) if is_staying else 1
         first = part * steps
 
         def for_units(body, state):
-            """Returns what body(turn, which 128 outputs, first row of x, state) makes of a state, a turn a unit of work."""
+            """Returns what body(turn, which 128 outputs, first row of x, state) makes of a state, a turn a unit."""
 
             def one(turn, state):
                 group, block = (f(own_unit + turn * grid[0], blocks) for f in (lax.div, lax.rem))
                 program = group * cluster + lax.axis_index("cluster") if cluster > 1 else group
                 return body(turn, program, block * batch, state)
 
-            return lax.fori_loop(0, own_units, one, state) if stays else one(0, state)
+            return lax.fori_loop(0, own_units, one, state) if is_staying else one(0, state)
 
         def fetch(program, row, before, step, _):
             count, place = before + step, first + step
@@ -131,7 +133,8 @@ def run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, st
                 ),
                 None,
             )
-            # A program may not end while another of its cluster tells it what is empty.
+            # A program may not end while another of its cluster tells it what is empty; and Pallas's interpreter wants
+            # to see each phase awaited.
             count = own_units * steps
             lax.fori_loop(
                 count, count + stages, lambda step, _: plgpu.barrier_wait(empty.at[lax.rem(step, stages)]), None

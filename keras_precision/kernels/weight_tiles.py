@@ -42,9 +42,8 @@ class Tiles(abc.ABC):
 
     @property
     def has_table(self) -> bool:
-        """Whether codes may be looked up in a `byte_table`: rounding values to float16 adds little to bfloat16's."""
-        is_codebook = self.layout.kind == "table" and byte_table.can_hold(self.layout.values)
-        return self.axes == Straight.axes and self.dtype == "bfloat16" and is_codebook
+        """Whether codes may be looked up in a `byte_table`."""
+        return False
 
     @property
     def depth(self) -> int:
@@ -113,6 +112,12 @@ class Straight(Tiles):
     """For products with the weight."""
 
     axes, least_parts = (0, 1), 1
+
+    @property
+    def has_table(self):
+        # Rounding values to float16 adds little to rounding weights to bfloat16.
+        is_codebook = self.layout.kind == "table" and byte_table.can_hold(self.layout.values)
+        return self.dtype == "bfloat16" and is_codebook
 
     @property
     def code_tiles(self):

@@ -107,9 +107,7 @@ def executed(code, n_outputs, inputs, memory=None):
     for line in code.splitlines():
         if line in "{}" or line.startswith(".reg"):
             continue
-        if access := re.fullmatch(
-            r"(?:ld.shared.b32 (\S+), )?(?:st.shared.b32 )?\[(\S+?)(\+\d+)?\](?:, (\S+))?;", line
-        ):
+        if access := re.fullmatch(r"(?:ld\.shared\.b32 (\S+), |st\.shared\.b32 )\[(\S+?)(\+\d+)?\](?:, (\S+))?;", line):
             target, base, offset, source = access.groups()
             places = places_of([word + int(offset or 0) for word in registers[base]])
             if target:

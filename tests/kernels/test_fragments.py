@@ -15,12 +15,15 @@ from keras_precision.kernels.weight_tiles import Straight, Transposed
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
 THREADS = 256
+UNWRITTEN = 0xFFFFFFFF
 WARP, LANE = np.divmod(np.arange(THREADS), LANES)
 G, T = np.divmod(LANE, 4)
 DTYPES = {"float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LAYOUTS = {
     "nf4": Layout((256, 256), FORMATS["nf4"].codebook.values, 64),
     "int4": Layout((256, 256), FORMATS["int4"].codebook.values, 64),
+    "from -7": Layout((256, 256), tuple(range(-7, 9)), 64),
+    "from 0": Layout((256, 256), tuple(range(16)), 64),
     "int8": Layout((256, 256)),
 }
 
@@ -87,7 +90,7 @@ def stored(layout, shape):
     """Random codes of a tile, and the numbers (rows, columns) that they stand for."""
     draw = np.random.default_rng(0)
     if layout.values is None:
-        codes = draw.integers(-127, 128, shape).astype("int8")
+        codes = draw.integers(-128, 128, shape).astype("int8")
         return codes, codes.astype("float32")
     codes = draw.integers(0, 256, (shape[0] // 2, shape[1])).astype("uint8")
     nibbles = np.stack([codes >> 4, codes & 15], axis=1).reshape(shape)
@@ -107,8 +110,7 @@ def operand(registers, dtype):
     return found
 
 
-UNWRITTEN = 0xFFFFFFFF
-KINDS = ["nf4", "int4", "int8"]
+KINDS = list(LAYOUTS)
 
 
 def decoded(name, dtype, table=None, has_scales=True):

@@ -9,9 +9,10 @@ from keras import ops
 from interpreting import interpreter
 from stored_weights import UNIT, activations, numbers, scales_of, stored, tensors
 
-from keras_precision.kernels import device, measured, reference, warpgroup, weight_only
+from keras_precision.kernels import device, measured, reference, warpgroup, warpgroup_program, weight_only
 from keras_precision.kernels.layout import Layout
 from keras_precision.kernels.warpgroup import Slab
+from keras_precision.kernels.weight_tiles import Straight
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
 
@@ -85,6 +86,38 @@ def test_integer_products_are_exact(programs):
     ]
     found = warpgroup.integer_product(*arguments, slab=Slab(8, 1, 2, programs=programs), interpret=interpreter())
     np.testing.assert_allclose(numbers(found), numbers(reference.scaled_products(*arguments)), rtol=3e-7)
+
+
+@pytest.mark.parametrize(
+    "rows, slab, expected",
+    [
+        (600, Slab(64, 1, 2, cluster=2, programs=8), (4, 1, 1)),
+        (600, Slab(64, 1, 2, pairs=2, programs=8), (4, 1, 10)),
+        (60, Slab(64, 1, 2, programs=8), (4, 2, 1)),
+        (600, Slab(64, 1, 2), (12, 1, 1)),
+    ],
+)
+def test_programs_that_stay(monkeypatch, rows, slab, expected):
+    """As many as run at once, where there are more units of work, one pair of warpgroups and all of k."""
+    import jax
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    grids, kernel = [], plgpu.kernel
+    monkeypatch.setattr(
+        plgpu, "kernel", lambda *args, grid, **options: grids.append(grid) or kernel(*args, grid=grid, **options)
+    )
+    monkeypatch.setattr(device, "multiprocessors", lambda: 12)
+    _, parts, _ = stored("int8-weight-only", 256, 512)
+    x, layout = ops.ones((rows, 256), "bfloat16"), Layout((256, 512))
+    run = warpgroup_program.run
+    tiles = Straight(layout, "bfloat16", slab.parts * slab.pairs)
+    splits = expected[1]
+    jax.eval_shape(
+        lambda x, codes, scale: run(x, codes, [scale], None, rows, tiles, slab, "bfloat16", None, splits, 2),
+        x,
+        *map(tensors(parts).get, ("codes", "scale")),
+    )
+    assert grids == [expected]
 
 
 def test_what_can_run():
