@@ -1,9 +1,10 @@
 """Products of activations with stored codes by Hopper's matrix units (wgmma), a kernel for Mosaic GPU (JAX only).
 
 A unit of work is 128 columns of the weight, or 128 rows where it is transposed, times some rows of x; a program has one
-or several. One warpgroup fetches; the others decode 64 columns each into registers, from which matrix units take them; x comes from shared
-memory. While a part is multiplied the next is decoded, so that neither decoding nor a product waits. (The design is
-that of CUTLASS's mixed-input products: Gupta, "Mixed-input matrix multiplication performance optimizations", 2024.)
+or several. One warpgroup fetches; the others decode 64 columns each into registers, from which matrix units take them;
+x comes from shared memory. While a part is multiplied the next is decoded, so that neither decoding nor a product waits.
+(The design is that of CUTLASS's mixed-input products: Gupta, "Mixed-input matrix multiplication performance
+optimizations", 2024.)
 """
 
 from __future__ import annotations
