@@ -134,9 +134,16 @@ def test_operands(in_threads, name, dtype, has_scales):
         assert (found == expected.astype(DTYPES[dtype])).mean() > 0.99
 
 
-def test_operands_by_table(in_threads):
+def fill_table(monkeypatch, values, n_threads):
+    for first in range(0, n_threads, THREADS):
+        monkeypatch.setattr(lanes, "thread_index", lambda first=first: first + np.arange(THREADS))
+        byte_table.fill(object(), values, n_threads // LANES)
+
+
+@pytest.mark.parametrize("n_threads", [THREADS, 2 * THREADS])
+def test_operands_by_table(in_threads, monkeypatch, n_threads):
     values = LAYOUTS["nf4"].values
-    byte_table.fill(object(), values, THREADS // LANES)
+    fill_table(monkeypatch, values, n_threads)
     of_lanes, rest = np.split(in_threads.reshape(256, 2 * LANES), 2, axis=1)
     expected = np.array(values, "float16")[np.stack(np.divmod(np.arange(256), 16), -1)].view("uint32")
     np.testing.assert_array_equal(of_lanes, np.broadcast_to(expected, of_lanes.shape))

@@ -88,6 +88,32 @@ def test_integer_products_are_exact(programs):
     np.testing.assert_allclose(numbers(found), numbers(reference.scaled_products(*arguments)), rtol=3e-7)
 
 
+@pytest.fixture
+def settings(monkeypatch):
+    """What kernels are called with."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    found, kernel = [], plgpu.kernel
+    monkeypatch.setattr(
+        plgpu, "kernel", lambda *arguments, **options: found.append(options) or kernel(*arguments, **options)
+    )
+    monkeypatch.setattr(device, "multiprocessors", lambda: 12)
+    return found
+
+
+def trace(name, rows, shape, slab, dtype, splits=1):
+    import jax
+
+    codec, parts, _ = stored(name, *shape)
+    x, layout = ops.ones((rows, shape[0]), dtype), codec.layout(shape)
+    tiles = Straight(layout, dtype, slab.parts * slab.pairs)
+
+    def run(x, codes, scales):
+        return warpgroup_program.run(x, codes, scales, None, rows, tiles, slab, dtype, None, splits, 2)
+
+    jax.eval_shape(run, x, tensors(parts)["codes"], scales_of(tensors(parts)))
+
+
 @pytest.mark.parametrize(
     "rows, slab, expected",
     [
@@ -97,27 +123,16 @@ def test_integer_products_are_exact(programs):
         (600, Slab(64, 1, 2), (12, 1, 1)),
     ],
 )
-def test_programs_that_stay(monkeypatch, rows, slab, expected):
+def test_programs_that_stay(settings, rows, slab, expected):
     """As many as run at once, where there are more units of work, one pair of warpgroups and all of k."""
-    import jax
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    trace("int8-weight-only", rows, (256, 512), slab, "bfloat16", expected[1])
+    assert [options["grid"] for options in settings] == [expected]
 
-    grids, kernel = [], plgpu.kernel
-    monkeypatch.setattr(
-        plgpu, "kernel", lambda *args, grid, **options: grids.append(grid) or kernel(*args, grid=grid, **options)
-    )
-    monkeypatch.setattr(device, "multiprocessors", lambda: 12)
-    _, parts, _ = stored("int8-weight-only", 256, 512)
-    x, layout = ops.ones((rows, 256), "bfloat16"), Layout((256, 512))
-    run = warpgroup_program.run
-    tiles = Straight(layout, "bfloat16", slab.parts * slab.pairs)
-    splits = expected[1]
-    jax.eval_shape(
-        lambda x, codes, scale: run(x, codes, [scale], None, rows, tiles, slab, "bfloat16", None, splits, 2),
-        x,
-        *map(tensors(parts).get, ("codes", "scale")),
-    )
-    assert grids == [expected]
+
+@pytest.mark.parametrize("name, dtype, expected", [("nf4", "bfloat16", True), ("nf4", "float16", False)])
+def test_tables_are_used(settings, name, dtype, expected):
+    trace(name, 64, (256, 128), Slab(64, 1, 2, tabled=True), dtype)
+    assert ["table" in options["scratch_types"] for options in settings] == [expected]
 
 
 def test_what_can_run():
