@@ -12,9 +12,14 @@ import numpy as np
 
 from keras_precision.kernels import lanes
 
-SHAPE = 256, 64
+ENTRY_BYTES = 256
+SHAPE = 256, ENTRY_BYTES // 4
 """Of float32 words, 64 KiB: a lane has the first half's word of its number in an entry."""
-_ENTRY = 4 * SHAPE[1]
+
+
+def selector(byte: int) -> int:
+    """Returns what makes `prmt` of a word and a lane's place the address of the entry of one of the word's bytes."""
+    return 0x7704 | byte << 4
 
 
 def can_hold(values: Sequence[float]) -> bool:
@@ -36,12 +41,12 @@ def fill(table, values: Sequence[float], warps: int) -> None:
     warp = lanes.shift_right(lanes.thread_index(), 5)
     own = lanes.choose([float(value) for value in values], lane.lane)
     first, of_lane = place(table, lane)
-    address = lanes.add(lanes.add(first, of_lane), lanes.times(warp, _ENTRY))
+    address = lanes.add(lanes.add(first, of_lane), lanes.times(warp, ENTRY_BYTES))
     lines = [".reg .b32 code, both; .reg .f32 high, low;"]
     for byte in range(0, SHAPE[0], warps):
         lines += [f"add.u32 code, $2, {byte};", "shfl.sync.idx.b32 low, $1, code, 0x101f, 0xffffffff;"]
         lines += ["shr.u32 code, code, 4;", "shfl.sync.idx.b32 high, $1, code, 0x101f, 0xffffffff;"]
-        lines += ["cvt.rn.f16x2.f32 both, low, high;", f"st.shared.b32 [$0+{byte * _ENTRY}], both;"]
+        lines += ["cvt.rn.f16x2.f32 both, low, high;", f"st.shared.b32 [$0+{byte * ENTRY_BYTES}], both;"]
     lanes.assembly(lines, [address, own, warp], 0, has_side_effects=True)
 
 
@@ -60,6 +65,6 @@ def looked_up(targets: Sequence[str], word: str, byte: int, operands: Sequence[s
         operands: registers with what `place` returns.
     """
     first, of_lane = operands
-    lines = [f"prmt.b32 entry, {word}, {of_lane}, {0x7704 | byte << 4:#x};", f"add.u32 entry, entry, {first};"]
+    lines = [f"prmt.b32 entry, {word}, {of_lane}, {selector(byte):#x};", f"add.u32 entry, entry, {first};"]
     lines += ["ld.shared.b32 entry, [entry];", "mov.b32 {lower, upper}, entry;"]
     return lines + [f"cvt.f32.f16 {target}, {half};" for target, half in zip(targets, ("lower", "upper"), strict=True)]

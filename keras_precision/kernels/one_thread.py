@@ -12,15 +12,14 @@ import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from keras_precision.kernels import lanes
+from keras_precision.kernels import byte_table, lanes
 from keras_precision.kernels.layout import Layout, group_in_registers
 
 BYTE_ROWS = 32
 """Rows of bytes that a warp works on between scales."""
 _LANES = 32
 _EIGHT = 8  # rows of x that one instruction multiplies, and threads that read a row of bytes side by side
-_BYTES_OF_ENTRY = 256  # of two tables, so that one instruction makes an address of a code and a lane's place
-_OF_SCALES = 1  # which of the tables
+_OF_SCALES = 1  # which of the two tables that share entries
 DTYPES = ("float16", "bfloat16", lanes.INT8)
 
 
@@ -66,7 +65,7 @@ def _has_tables(layout):
 def shared_words(layout, warps, m):
     """Returns the words of shared memory: the table, in whose place sums are later."""
     sums = warps.warps * _LANES * warps.width * 2 * -(-m // _EIGHT)
-    return max(sums, 256 * _BYTES_OF_ENTRY // 4 if _has_tables(layout) else 0)
+    return max(sums, 256 * byte_table.ENTRY_BYTES // 4 if _has_tables(layout) else 0)
 
 
 def multiply(
@@ -313,7 +312,7 @@ def _of_bytes(t, both, place, dtype):
 def _looked_up(t, word, byte, tables, which=0):
     """Returns what a table has for a byte of a word: a pair of values, the high nibble's in the lower half, or a scale."""
     shared, places = tables
-    return t.load_shared(shared, t.permute(word, places[which], 0x7704 | byte << 4))
+    return t.load_shared(shared, t.permute(word, places[which], byte_table.selector(byte)))
 
 
 def _filled(t, shared, scale_table, threads, dtype):
@@ -321,11 +320,11 @@ def _filled(t, shared, scale_table, threads, dtype):
     layout, warps = threads.layout, threads.warps
     if not _has_tables(layout):
         return None
-    places = [t.add(t.times(threads.lane, 4), which * _BYTES_OF_ENTRY // 2) for which in range(2)]
-    of_warp = t.times(threads.warp, _BYTES_OF_ENTRY)
+    places = [t.add(t.times(threads.lane, 4), which * byte_table.ENTRY_BYTES // 2) for which in range(2)]
+    of_warp = t.times(threads.warp, byte_table.ENTRY_BYTES)
     own = t.choose([float(value) for value in layout.values], threads.lane) if layout.values is not None else None
     for first in range(0, 256, warps.warps):
-        byte, entry = t.add(threads.warp, first), first * _BYTES_OF_ENTRY
+        byte, entry = t.add(threads.warp, first), first * byte_table.ENTRY_BYTES
         if layout.values is not None:
             high, low = (t.from_lane(own, code) for code in (t.shift_right(byte, 4), t.bits_and(byte, 15)))
             t.store_shared(shared, t.add(of_warp, places[0]), t.pair_of(high, low, dtype), entry)

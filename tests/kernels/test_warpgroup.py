@@ -1,6 +1,7 @@
 """Products by Hopper's matrix units: interpreted, against float64 arithmetic; lowered."""
 
 import dataclasses
+from importlib.metadata import version
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ from keras_precision.kernels.warpgroup import Slab
 from keras_precision.kernels.weight_tiles import Straight
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
+KNOWS_CLUSTERS = pytest.mark.skipif(version("jax").startswith("0.10."), reason="jax 0.10 interprets no clusters")
 
 
 def bound_of_sums(x, weight, unit):
@@ -34,6 +36,8 @@ def bound_of_sums(x, weight, unit):
         ("int8-weight-only", 5, (128, 128), Slab(8, 1, 3, programs=1), "float16"),
         ("nf4-dq", 9, (192, 384), Slab(8, 1, 2, programs=4), "bfloat16"),
         ("int4", 12, (128, 256), Slab(8, 2, 3, programs=3), "bfloat16"),
+        pytest.param("nf4", 9, (192, 768), Slab(8, 1, 2, cluster=2, programs=4), "bfloat16", marks=KNOWS_CLUSTERS),
+        pytest.param("nf4-dq", 3, (192, 256), Slab(8, 1, 2, cluster=2, programs=2), "float16", marks=KNOWS_CLUSTERS),
     ],
 )
 def test_products(name, rows, shape, slab, dtype):
