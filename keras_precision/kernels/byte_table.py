@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keras_precision.kernels import codes as code_values
 from keras_precision.kernels import lanes
 
 ENTRY_BYTES = 256
@@ -44,8 +45,8 @@ def fill(table, values: Sequence[float], warps: int) -> None:
     address = lanes.add(lanes.add(first, of_lane), lanes.times(warp, ENTRY_BYTES))
     lines = [".reg .b32 code, both; .reg .f32 high, low;"]
     for byte in range(0, SHAPE[0], warps):
-        lines += [f"add.u32 code, $2, {byte};", "shfl.sync.idx.b32 low, $1, code, 0x101f, 0xffffffff;"]
-        lines += ["shr.u32 code, code, 4;", "shfl.sync.idx.b32 high, $1, code, 0x101f, 0xffffffff;"]
+        lines += [f"add.u32 code, $2, {byte};", code_values.asked_for("low", "$1", "code")]
+        lines += ["shr.u32 code, code, 4;", code_values.asked_for("high", "$1", "code")]
         lines += ["cvt.rn.f16x2.f32 both, low, high;", f"st.shared.b32 [$0+{byte * ENTRY_BYTES}], both;"]
     lanes.assembly(lines, [address, own, warp], 0, has_side_effects=True)
 

@@ -15,13 +15,23 @@ import numpy as np
 _WHOLE = {"float16": (1024, "f16x2"), "bfloat16": (128, "bf16x2")}
 # Words of codes that an instance of a codebook's code decodes: more of them share its constants.
 _WORDS = 4
-# Where shfl.sync.idx finds a code's value: among the 16 lanes of the own half of the warp; and all lanes take part.
-_HALVES, _ALL = "0x101f", "0xffffffff"
 
 
 def are_whole(values: tuple[float, ...]) -> bool:
     """Returns whether 16 values are whole numbers in a row, small enough for 16 bits to hold them."""
     return np.array_equal(np.diff(values), np.ones(15)) and values[0] % 1 == 0 and abs(values[0]) <= 64
+
+
+def asked_for(target: str, values: str, code: str) -> str:
+    """Returns PTX, for all lanes of a warp, that takes what the lane has that a code names, of 16 in the own half.
+
+    Args:
+        target: register.
+        values: register, of which each lane has another value.
+        code: register; only the code's four bits count, those above are ignored.
+    """
+    of_16_lanes, all_lanes = "0x101f", "0xffffffff"
+    return f"shfl.sync.idx.b32 {target}, {values}, {code}, {of_16_lanes}, {all_lanes};"
 
 
 def pairs(packed, values: tuple[float, ...], dtype: str):
@@ -147,9 +157,7 @@ def _shuffled(values, is_high):
     for word in range(_WORDS):
         for byte in range(4):
             shift = 8 * byte + 4 * is_high
-            # Only the code's four bits count; those above are ignored.
-            lines += [f"shr.u32 code, ${4 * _WORDS + word}, {shift};"]
-            lines += [f"shfl.sync.idx.b32 ${4 * word + byte}, {own}, code, {_HALVES}, {_ALL};"]
+            lines += [f"shr.u32 code, ${4 * _WORDS + word}, {shift};", asked_for(f"${4 * word + byte}", own, "code")]
     return _scope(["code", "chosen", *registers], lines, [f"is_odd{bit}" for bit in range(4)])
 
 

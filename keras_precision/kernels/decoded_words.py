@@ -129,10 +129,7 @@ class LookedUpNibbles(SingleCodes):
         return [".reg .b32 code;"]
 
     def number(self, target, place, word, operands):
-        # Only the code's four bits count; those above are ignored.
-        of_16_lanes, all_lanes = "0x101f", "0xffffffff"
-        look_up = f"shfl.sync.idx.b32 {target}, {operands[0]}, code, {of_16_lanes}, {all_lanes};"
-        return [f"shr.u32 code, {word}, {4 * place};", look_up]
+        return [f"shr.u32 code, {word}, {4 * place};", code_values.asked_for(target, operands[0], "code")]
 
 
 class TabledNibbles(Codes):
