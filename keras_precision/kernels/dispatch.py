@@ -108,7 +108,7 @@ def product_by(tile: row_product.Strip | weight_only.Tile | warpgroup.Slab | one
 
 def _tile(layout, rows, dtype):
     """Returns what to multiply so many rows by, None if the weight is to be decoded."""
-    kind = layout.kind if layout.largest_scale is None else "double-quantized"
+    kind = layout.kind if layout.largest_scale is None else f"double-quantized {layout.kind}"
     tile = _hopper_tile(kind, layout, rows, dtype)
     if tile is not None:
         return tile

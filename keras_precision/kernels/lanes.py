@@ -123,7 +123,7 @@ def array(registers, shape, layout, dtype):
     return mgpu.FragmentedArray(
         _registers=found.reshape(layout.registers_shape(shape)),
         _layout=layout,
-        _is_signed=True if dtype == INT8 else None,
+        _is_signed=True if jnp.issubdtype(dtype, jnp.integer) else None,
     )
 
 
@@ -181,12 +181,16 @@ def load(reference, place):
 
 
 def load_byte(reference, place):
-    """Returns a byte of memory as an int32."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm
+    """Returns a byte of global memory as an int32."""
+    # LLVM would widen it by an instruction of its own, which waits for it.
+    return assembly(["ld.global.u8 $0, [$1];"], [pointer(reference, place)], 1)[0]
 
-    byte = llvm.load(ir.IntegerType.get_signless(8), pointer(reference, place))
-    return arith.extui(ir.IntegerType.get_signless(32), byte)
+
+def synchronize():
+    """Waits for all threads of the warpgroup, whose writes to shared memory are then seen by each."""
+    from jax.experimental.mosaic.gpu import utils
+
+    utils.warpgroup_barrier()
 
 
 def scalar(array):

@@ -72,11 +72,9 @@ PLANS = {
 _FROM_17_ROWS = ((32, Slab(32, 4, 5, pairs=2)), (64, Slab(64, 4, 3, pairs=2)), (128, Slab(128, 2, 5)))
 _BY_TABLE = ((32, Slab(32, 4, 4, pairs=2, tabled=True)), (64, Slab(64, 2, 5, pairs=2, tabled=True)))
 _TO_128_ROWS = _FROM_17_ROWS[-1:]  # for which a table is no faster: nf4 31.6 us, 31.4 without
-_FROM_129_ROWS = ((math.inf, Slab(256, 1, 4, cluster=2, tabled=True)),)
 HOPPER_TILES = {
     "whole": ((16, Warps()), *_FROM_17_ROWS, (math.inf, Slab(256, 2, 3, cluster=2))),
-    "table": ((16, Warps()), *_BY_TABLE, *_TO_128_ROWS, *_FROM_129_ROWS),
-    "double-quantized": ((8, Warps()), (16, Slab(16, 8, 3, pairs=2)), *_FROM_17_ROWS, *_FROM_129_ROWS),
+    "table": ((16, Warps()), *_BY_TABLE, *_TO_128_ROWS, (math.inf, Slab(256, 1, 4, cluster=2, tabled=True))),
     "bytes": (
         (16, Warps(64, 8, 8, programs=264)),
         (64, Slab(64, 2, 5)),
@@ -90,9 +88,11 @@ HOPPER_TILES = {
         (math.inf, Slab(256, 1, 4, cluster=2)),
     ),
 }
+_TO_16_ROWS = ((8, Warps()), (16, Slab(16, 4, 4, pairs=2, tabled=True)))
+HOPPER_TILES |= {f"double-quantized {kind}": (*_TO_16_ROWS, *HOPPER_TILES[kind]) for kind in ("whole", "table")}
 """What Hopper multiplies 16-bit activations by, where it can, before any plan.
 
-Kinds are those of `Layout`, but for "double-quantized" scales and for "integers", int8 codes times int8 codes.
+Kinds are those of `Layout`, those with double-quantized scales, and "integers", int8 codes times int8 codes.
 
 Chosen by the kernel's time in profiles, from fewer candidates than a plan's: one H100 80GB, jax 0.11.2, 4096 x 14336,
 bfloat16, 2026-11-23.

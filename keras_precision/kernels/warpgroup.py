@@ -38,9 +38,11 @@ class Slab:
         programs: so many run at once, or as many as the device has
             multiprocessors (an H100 132). Where there are fewer units of work k
             is split, and where there are more a program with one pair takes
-            several.
+            several, if it `stays`.
         tabled: whether codes of a codebook are looked up two at a time where
             that is possible; see `Tiles.has_table` and `byte_table`.
+        stays: whether programs take several units of work, and fetch for the
+            next one while they write; if not, each has one.
     """
 
     batch: int
@@ -50,6 +52,7 @@ class Slab:
     pairs: int = 1
     programs: int = 132
     tabled: bool = False
+    stays: bool = True
 
 
 def can_run(layout: Layout, dtype: str) -> bool:
@@ -86,10 +89,11 @@ def product(
     whole numbers that have one scale a column.
 
     Weights that are rounded are computed in float32 (e = 0: results are those
-    of `decoded` weights but for the order of sums), but in bfloat16, where
-    v = 2**-8, e is 2**-15 (1 + v) for whole numbers, if weights' magnitudes are
-    2**-118 at least and scales' less than 2**121 (from 2**122 on weights are
-    NaN), and 2**-11 (1 + v) for codebooks if the slab is `tabled`.
+    of `decoded` weights but for the order of sums), with two exceptions. For
+    codebooks, if the slab is `tabled`, e is 2**-11 (1 + v). For whole numbers
+    in bfloat16, where v = 2**-8, e is 2**-15 (1 + v), if weights' magnitudes
+    are 2**-118 at least and scales' less than 2**121 (from 2**122 on weights
+    are NaN).
 
     Args:
         x: tensor (m, k) of `dtype`.

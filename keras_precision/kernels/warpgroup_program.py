@@ -10,7 +10,7 @@ from keras_precision.kernels.weight_tiles import PROGRAM_OUTPUTS
 
 # Of a thread that fetches and of one that multiplies, by pairs of warpgroups; together at most what a program starts
 # with: 168 for each of 384 threads, 96 of 640.
-_REGISTERS = {1: (40, 232), 2: (24, 112)}
+_REGISTERS = {1: (40, 232), 2: (32, 112)}
 
 
 def _loaded(sums, place):
@@ -58,7 +58,7 @@ def run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, st
     # Programs that stay begin to fetch what they need next while they write results.
     blocks, groups = -(-m // batch), programs // cluster
     at_once = max(1, min(slab.programs, device.multiprocessors()) // cluster)
-    is_staying = splits == pairs == 1 and groups * blocks > at_once
+    is_staying = slab.stays and splits == pairs == 1 and groups * blocks > at_once
     grid = (at_once, 1, 1) if is_staying else (groups, splits, blocks)
     stages = min(slab.stages, steps * (groups * blocks // at_once if is_staying else 1))
     has_table = slab.tabled and not interpreted and tiles.has_table
@@ -99,11 +99,18 @@ def run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, st
 
             return lax.fori_loop(0, own_units, one, state) if is_staying else one(0, state)
 
-        def fetch(program, row, before, step, _):
+        def stored(program, step):
+            """Returns what is stored of a step's scales, where these are to be expanded."""
+            if not factors:
+                return []
+            return tiles.stored_scales(scales_ref, factors, first + step, program, interpreted)
+
+        def fetch(program, row, before, offset, step, own):
             count, place = before + step, first + step
             slot = lax.rem(count, stages)
-            # Read before there is room for them, so that it takes no time once there is.
-            expanded = tiles.expanded_scales(scales_ref, factors, place, program, interpreted) if factors else []
+            # A step's codes are read during the step before, and their values before there is room for them.
+            expanded = tiles.expanded_scales(own, offset, factors[2], interpreted) if factors else []
+            following = stored(program, step + 1)
 
             @pl.when(count >= stages)
             def _():
@@ -112,27 +119,29 @@ def run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, st
             def copy(source, target, together=None):
                 plgpu.copy_gmem_to_smem(source, target, full.at[slot], collective_axes=together)
 
+            of_x = x_ref.at[pl.ds(row, batch), pl.ds(place * parts * depth, parts * depth)]
+            copy(of_x, x_tiles.at[slot], "cluster" if cluster > 1 else None)
             for i, place_of_codes in enumerate(tiles.codes_at(place, program)):
                 copy(codes_ref.at[place_of_codes], code_tiles.at[slot, i])
             if factors:
                 for place_of_scales, scale in expanded:
                     scale_tiles[slot, *place_of_scales] = scale
-                plgpu.commit_smem()
+                fragments.synchronize(interpreted)
                 plgpu.barrier_arrive(full.at[slot])
             elif per_block:
                 copy(scales_ref.at[tiles.scales_at(place, program)], scale_tiles.at[slot])
-            of_x = x_ref.at[pl.ds(row, batch), pl.ds(place * parts * depth, parts * depth)]
-            copy(of_x, x_tiles.at[slot], "cluster" if cluster > 1 else None)
+            return following
 
         @pl.when(warpgroup == 2 * pairs)
         def _():
             plgpu.set_max_registers(_REGISTERS[pairs][0], action="decrease")
-            for_units(
-                lambda turn, program, row, _: lax.fori_loop(
-                    0, steps, functools.partial(fetch, program, row, turn * steps), None
-                ),
-                None,
-            )
+            offset = factors[1][0] if factors else None
+
+            def fetch_all(turn, program, row, _):
+                each = functools.partial(fetch, program, row, turn * steps, offset)
+                lax.fori_loop(0, steps, each, stored(program, 0))
+
+            for_units(fetch_all, None)
             # A program may not end while another of its cluster tells it what is empty; and Pallas's interpreter wants
             # to see each phase awaited.
             count = own_units * steps

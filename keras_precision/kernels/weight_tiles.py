@@ -84,28 +84,34 @@ class Tiles(abc.ABC):
 
         return tuple(map(pl.ds, self.first_scale(step, program), self.scale_tile))
 
-    def expanded_scales(self, codes, factors, step, program, interpret: bool) -> list[tuple]:
-        """Returns those scales, of double-quantized ones: pairs (where they belong in the tile, 128 scales).
+    def stored_scales(self, codes, factors, step, program, interpret: bool) -> list[list]:
+        """Returns what is stored of those scales, of double-quantized ones; see `fragments.stored_scales`.
 
         Args:
-            codes: see `fragments.expanded_scales`.
+            codes: see there.
             factors: likewise.
-            step: int32 scalar.
+            step: int32 scalar; beyond the last, something that exists.
             program: int32 scalar.
             interpret: as in `operand`.
         """
+        block, column = self.first_scale(step, program)
+        return [
+            fragments.stored_scales(codes, factors, block + i, column + first, self.layout, interpret)
+            for i, first in self._places_of_scales()
+        ]
+
+    def expanded_scales(self, stored, offset, table, interpret: bool) -> list[tuple]:
+        """Returns what `stored_scales` found expanded: pairs (where they belong in the tile, 128 scales)."""
         from jax.experimental import pallas as pl
 
-        block, column = self.first_scale(step, program)
-        n_blocks, n_columns = self.scale_tile
         return [
-            (
-                (i, pl.ds(first, PROGRAM_OUTPUTS)),
-                fragments.expanded_scales(codes, factors, block + i, column + first, self.layout, interpret),
-            )
-            for i in range(n_blocks)
-            for first in range(0, n_columns, PROGRAM_OUTPUTS)
+            ((i, pl.ds(first, PROGRAM_OUTPUTS)), fragments.expanded_scales(own, offset, table, self.layout, interpret))
+            for (i, first), own in zip(self._places_of_scales(), stored, strict=True)
         ]
+
+    def _places_of_scales(self):
+        n_blocks, n_columns = self.scale_tile
+        return [(i, first) for i in range(n_blocks) for first in range(0, n_columns, PROGRAM_OUTPUTS)]
 
 
 class Straight(Tiles):
@@ -115,9 +121,7 @@ class Straight(Tiles):
 
     @property
     def has_table(self):
-        # Rounding values to float16 adds little to rounding weights to bfloat16.
-        is_codebook = self.layout.kind == "table" and byte_table.can_hold(self.layout.values)
-        return self.dtype == "bfloat16" and is_codebook
+        return self.layout.kind == "table" and byte_table.can_hold(self.layout.values)
 
     @property
     def code_tiles(self):

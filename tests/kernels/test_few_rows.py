@@ -326,7 +326,7 @@ def test_lowers_for_cuda(name, dtype, n):
 
     codec, parts, _ = stored(name, 128, 256)
     layout = dataclasses.replace(codec.layout((128, 256)), shape=(4096, n))
-    kind = {"int8": "integers", "nf4-dq": "double-quantized"}.get(name, layout.kind)
+    kind = {"int8": "integers", "nf4-dq": "double-quantized table"}.get(name, layout.kind)
     tile = measured.first_for(8, measured.HOPPER_TILES[kind])
 
     def shaped(array):

@@ -125,6 +125,7 @@ def trace(name, rows, shape, slab, dtype, splits=1):
         (600, Slab(64, 1, 2, pairs=2, programs=8), (4, 1, 10)),
         (60, Slab(64, 1, 2, programs=8), (4, 2, 1)),
         (600, Slab(64, 1, 2), (12, 1, 1)),
+        (600, Slab(64, 1, 2, stays=False), (4, 1, 10)),
     ],
 )
 def test_programs_that_stay(settings, rows, slab, expected):
@@ -133,7 +134,8 @@ def test_programs_that_stay(settings, rows, slab, expected):
     assert [options["grid"] for options in settings] == [expected]
 
 
-@pytest.mark.parametrize("name, dtype, expected", [("nf4", "bfloat16", True), ("nf4", "float16", False)])
+@pytest.mark.parametrize("name, expected", [("nf4", True), ("int4", False)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_tables_are_used(settings, name, dtype, expected):
     trace(name, 64, (256, 128), Slab(64, 1, 2, tabled=True), dtype)
     assert ["table" in options["scratch_types"] for options in settings] == [expected]
@@ -279,7 +281,7 @@ def test_measured_transposed_slabs_lower_for_cuda(kind, dtype):
 @pytest.mark.parametrize("kind", measured.HOPPER_TILES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_measured_slabs_lower_for_cuda(kind, dtype):
-    names = {"whole": "int4", "table": "nf4", "double-quantized": "nf4-dq"}
+    names = {"whole": "int4", "table": "nf4", "double-quantized whole": "int4-dq", "double-quantized table": "nf4-dq"}
     name = (names | {"bytes": "int8-weight-only", "integers": "int8"})[kind]
     codec, parts, _ = stored(name, 2048, 256)
     slabs = list(slabs_of(measured.HOPPER_TILES[kind]))
