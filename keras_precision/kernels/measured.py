@@ -85,7 +85,8 @@ HOPPER_TILES = {
         (16, Warps(64, 8, 8, programs=264)),
         (64, Slab(64, 1, 6)),
         (128, Slab(128, 1, 5)),
-        (math.inf, Slab(256, 1, 4, cluster=2)),
+        (2048, Slab(256, 1, 4, cluster=2)),
+        (math.inf, Slab(256, 1, 4, cluster=2, stays=False)),
     ),
 }
 _TO_16_ROWS = ((8, Warps()), (16, Slab(16, 4, 4, pairs=2, tabled=True)))
