@@ -19,7 +19,7 @@ def set_matmul_precision(precision: MatmulPrecision) -> None:
     |---|---|---|---|---|
     | "highest" | 24 significant bits | "highest" | TF32 off | "highest" |
     | "high" | about 11 bits or more, where that is faster: TF32 on GPUs from Ampere on, three bfloat16 products on TPUs | "high" | TF32 on | "high" |
-    | "default" | what the backend does if not told | TF32 on such GPUs, bfloat16 on TPUs | TF32 on | "highest" |
+    | "default" | what the backend does if not told | TF32 on such GPUs, bfloat16 on TPUs | TF32 on | "highest", convolutions in TF32 |
 
     `describe().default_matmul_precision` tells what is set, in the backend's
     own words.
@@ -67,6 +67,7 @@ def _set_torch(precision):
     import torch
 
     torch.set_float32_matmul_precision("highest" if precision == "default" else precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
 _SETTERS: dict[str, Callable[[MatmulPrecision], None]] = {

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from keras_precision.kernels import codes as code_values
 from keras_precision.kernels import byte_table, decoded_words, lanes
-from keras_precision.kernels.layout import Layout, expanded, group_in_registers, group_of_scale
+from keras_precision.kernels.layout import Layout
 
 OUTPUTS = 64
 """Of a warpgroup: columns of the weight, or rows of it where x is multiplied with its transpose."""
-_SCALES = 2 * OUTPUTS  # that a warpgroup's threads expand at once
 
 
 def depth_of(dtype: str) -> int:
@@ -69,88 +68,6 @@ def fill(table, values, warps: int) -> None:
         byte_table.fill(table, values, warps)
 
     plgpu.inline_mgpu(arg_types=[plgpu.RefType()])(in_lanes)(table)
-
-
-def stored_scales(codes, factors, block, column, layout: Layout, interpret: bool) -> list:
-    """Returns what is stored of the scales of 128 columns in a block of rows, which are double-quantized.
-
-    Args:
-        codes: reference to uint8 (n_blocks, n) in global memory.
-        factors: references to the other arrays of double quantization; see
-            `layout.scales_at`.
-        block: int32 scalar, of rows; beyond the last, the last.
-        column: int32 scalar, the first of the columns; beyond the last, the last 128.
-        layout: of the weight.
-        interpret: as in `decode`.
-
-    Returns:
-        Arrays (128,): int32 codes, and the float32 factors of their groups.
-    """
-    import jax.numpy as jnp
-
-    block, column = jnp.minimum(block, layout.blocks - 1), jnp.minimum(column, layout.shape[1] - _SCALES)
-    if interpret:
-        columns = column + jnp.arange(_SCALES)
-        return [codes[...][block, columns].astype("int32"), factors[0][...][group_of_scale(block, columns, layout)]]
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    def in_lanes(context, block, column, codes, absmax):
-        block, column = (lanes.scalar(number) for number in (block, column))
-        column = lanes.add(column, lanes.bits_and(lanes.thread_index(), _SCALES - 1))
-        code = lanes.load_byte(codes, lanes.add(lanes.times(block, layout.shape[1]), column))
-        factor = lanes.load(absmax, group_in_registers(lanes, block, column, layout))
-        return [_of_threads(code, "int32"), _of_threads(lanes.as_integer(factor), "float32")]
-
-    types = [plgpu.Layout.WG_SPLAT(()), plgpu.Layout.WG_SPLAT(()), plgpu.RefType(), plgpu.RefType()]
-    results = [plgpu.ShapeDtypeStruct((_SCALES,), dtype, layout=_per_thread()) for dtype in ("int32", "float32")]
-    return plgpu.inline_mgpu(arg_types=types, return_type=results)(in_lanes)(block, column, codes, factors[0])
-
-
-def expanded_scales(stored, offset, table, layout: Layout, interpret: bool):
-    """Returns the float32 scales (128,) that `stored_scales` has found.
-
-    Args:
-        stored: what it returned.
-        offset: float32 scalar, of all scales.
-        table: reference to float32 (256,) in global memory.
-        layout: as there.
-        interpret: as in `decode`.
-    """
-    code, factor = stored
-    if interpret:
-        return expanded(table[...][code] * factor, offset, layout)
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    def in_lanes(context, code, factor, offset, table):
-        code, factor = (lanes.extract(lanes.scalar(array), 0) for array in (code, factor))
-        numbers = lanes.load(table, code), factor, lanes.scalar(offset)
-        return _of_threads(lanes.expanded_scale(*numbers, layout.largest_scale), "float32")
-
-    types = [_per_thread(), _per_thread(), plgpu.Layout.WG_SPLAT(()), plgpu.RefType()]
-    result = plgpu.ShapeDtypeStruct((_SCALES,), "float32", layout=_per_thread())
-    return plgpu.inline_mgpu(arg_types=types, return_type=result)(in_lanes)(code, factor, offset, table)
-
-
-def synchronize(interpret: bool) -> None:
-    """Waits until all threads of a warpgroup have written what they had to write to shared memory for others to read."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    if interpret:
-        plgpu.commit_smem()
-        return
-    # Without a fence for what copies and matrix units read, which waits for reads of global memory as well.
-    plgpu.inline_mgpu()(lambda context: lanes.synchronize())()
-
-
-def _per_thread():
-    """Returns the layout of 128 numbers of which each thread has one."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.Layout.WG_STRIDED((_SCALES,), vec_size=1)
-
-
-def _of_threads(number, dtype):
-    return lanes.array([number], (_SCALES,), _per_thread().to_mgpu(), dtype)
 
 
 def add_product(sums, operand, of_x, interpret: bool) -> None:

@@ -86,18 +86,22 @@ HOPPER_TILES = {
         (64, Slab(64, 1, 6)),
         (128, Slab(128, 1, 5)),
         (2048, Slab(256, 1, 4, cluster=2)),
-        (math.inf, Slab(256, 1, 4, cluster=2, stays=False)),
+        (math.inf, Slab(256, 1, 4, cluster=2, stays=False)),  # 1 to 3% less time at 4,096 rows, 2% more at 1,024
     ),
 }
-_TO_16_ROWS = ((8, Warps()), (16, Slab(16, 4, 4, pairs=2, tabled=True)))
-HOPPER_TILES |= {f"double-quantized {kind}": (*_TO_16_ROWS, *HOPPER_TILES[kind]) for kind in ("whole", "table")}
 """What Hopper multiplies 16-bit activations by, where it can, before any plan.
 
 Kinds are those of `Layout`, those with double-quantized scales, and "integers", int8 codes times int8 codes.
 
-Chosen by the kernel's time in profiles, from fewer candidates than a plan's: one H100 80GB, jax 0.11.2, 4096 x 14336,
-bfloat16, 2026-11-23.
+Chosen by the kernel's time in profiles and in turn, from fewer candidates than a plan's: one H100 80GB, jax 0.11.2,
+4096 x 14336, bfloat16, 2026-11-24. (In float16 nf4 takes 0.99 and 1.05 of a bfloat16 weight's time for 256 and 4,096
+rows by the same, and without tables 1.03 and 1.13.)
 """
+# With 16 rows nf4-dq takes 20.0 us so, and 23.1 by `Warps`.
+_DOUBLE_QUANTIZED = ((8, Warps()), (16, Slab(16, 4, 4, pairs=2, tabled=True)))
+HOPPER_TILES |= {
+    f"double-quantized {kind}": (*_DOUBLE_QUANTIZED, *HOPPER_TILES[kind][1:]) for kind in ("whole", "table")
+}
 
 TRANSPOSED_SLABS = {
     "whole": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from keras_precision.kernels import byte_table, device, fragments, lanes
+from keras_precision.kernels import byte_table, device, fragments, lanes, stored_scales
 from keras_precision.kernels.layout import vectors
 from keras_precision.kernels.weight_tiles import PROGRAM_OUTPUTS
 
@@ -108,7 +108,7 @@ def run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, st
         def fetch(program, row, before, offset, step, own):
             count, place = before + step, first + step
             slot = lax.rem(count, stages)
-            # A step's codes are read during the step before, and their values before there is room for them.
+            # What is stored of a step's scales is read during the step before, and expanded before there is room.
             expanded = tiles.expanded_scales(own, offset, factors[2], interpreted) if factors else []
             following = stored(program, step + 1)
 
@@ -126,7 +126,7 @@ def run(x, codes, scales, x_scale, m, tiles, slab, result, interpret, splits, st
             if factors:
                 for place_of_scales, scale in expanded:
                     scale_tiles[slot, *place_of_scales] = scale
-                fragments.synchronize(interpreted)
+                stored_scales.synchronize(interpreted)
                 plgpu.barrier_arrive(full.at[slot])
             elif per_block:
                 copy(scales_ref.at[tiles.scales_at(place, program)], scale_tiles.at[slot])

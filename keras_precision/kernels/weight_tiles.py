@@ -10,7 +10,7 @@ import abc
 from dataclasses import dataclass
 from typing import ClassVar
 
-from keras_precision.kernels import byte_table, fragments, lanes, transposed_fragments
+from keras_precision.kernels import byte_table, fragments, lanes, stored_scales, transposed_fragments
 from keras_precision.kernels.layout import Layout
 
 PROGRAM_OUTPUTS = 2 * fragments.OUTPUTS
@@ -85,7 +85,7 @@ class Tiles(abc.ABC):
         return tuple(map(pl.ds, self.first_scale(step, program), self.scale_tile))
 
     def stored_scales(self, codes, factors, step, program, interpret: bool) -> list[list]:
-        """Returns what is stored of those scales, of double-quantized ones; see `fragments.stored_scales`.
+        """Returns what is stored of those scales, of double-quantized ones; see `stored_scales.read`.
 
         Args:
             codes: see there.
@@ -96,7 +96,7 @@ class Tiles(abc.ABC):
         """
         block, column = self.first_scale(step, program)
         return [
-            fragments.stored_scales(codes, factors, block + i, column + first, self.layout, interpret)
+            stored_scales.read(codes, factors, block + i, column + first, self.layout, interpret)
             for i, first in self._places_of_scales()
         ]
 
@@ -105,7 +105,7 @@ class Tiles(abc.ABC):
         from jax.experimental import pallas as pl
 
         return [
-            ((i, pl.ds(first, PROGRAM_OUTPUTS)), fragments.expanded_scales(own, offset, table, self.layout, interpret))
+            ((i, pl.ds(first, PROGRAM_OUTPUTS)), stored_scales.expanded(own, offset, table, self.layout, interpret))
             for (i, first), own in zip(self._places_of_scales(), stored, strict=True)
         ]
 

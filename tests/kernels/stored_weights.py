@@ -1,6 +1,8 @@
 """Weights as formats store them, the numbers that they stand for, and what they are multiplied with."""
 
 import functools
+import os
+import secrets
 
 import numpy as np
 from keras import ops
@@ -9,6 +11,8 @@ from keras_precision.formats import FORMATS, double_quant
 
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """Unit roundoffs."""
+SEED = int(os.environ.get("KP_SEED") or secrets.randbits(32))
+"""Of activations: another one in each run, which a test that fails prints."""
 
 
 @functools.cache
@@ -32,7 +36,10 @@ def scales_of(parts):
 
 def activations(rows, width, dtype):
     """Random activations, or gradients."""
-    return ops.convert_to_tensor(np.random.default_rng(rows).standard_normal((rows, width), dtype="float32"), dtype)
+    print(f"KP_SEED={SEED}")
+    return ops.convert_to_tensor(
+        np.random.default_rng((SEED, rows)).standard_normal((rows, width), dtype="float32"), dtype
+    )
 
 
 def numbers(tensor):

@@ -265,7 +265,8 @@ def test_interpreted(name, programs):
 
 
 @pytest.mark.parametrize(
-    "name, most, function", [("nf4", 16, "product"), ("nf4-dq", 8, "product"), ("int8", 16, "integer_product")]
+    "name, most, function",
+    [("nf4", 16, "product"), ("nf4-dq", 8, "product"), ("int4-dq", 8, "product"), ("int8", 16, "integer_product")],
 )
 def test_dispatch(monkeypatch, name, most, function):
     """Few rows take this kernel on Hopper, and more rows another."""

@@ -9,8 +9,8 @@ import pytest
 from ptx import LANES, executed
 
 from keras_precision.formats import FORMATS
-from keras_precision.kernels import byte_table, decoded_words, fragments, lanes, transposed_fragments
-from keras_precision.kernels.layout import Layout
+from keras_precision.kernels import byte_table, decoded_words, fragments, lanes, stored_scales, transposed_fragments
+from keras_precision.kernels.layout import Layout, group_of_scale
 from keras_precision.kernels.weight_tiles import Straight, Transposed
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
@@ -134,24 +134,46 @@ def test_operands(in_threads, name, dtype, has_scales):
         assert (found == expected.astype(DTYPES[dtype])).mean() > 0.99
 
 
+@pytest.mark.parametrize("block, column", [(0, 0), (4, 128), (5, 0), (2, 256)])
+def test_scales_beyond_the_weight_are_the_last(in_threads, monkeypatch, block, column):
+    """Nothing is read beyond an array: what follows the last step is asked for too."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    layout = Layout((320, 256), LAYOUTS["nf4"].values, 64, 1e30)
+    codes, absmax = np.arange(5 * 256), np.arange(5, dtype="float32")
+    monkeypatch.setattr(plgpu, "inline_mgpu", lambda **_: lambda run: lambda *arguments: run(None, *arguments))
+    for name in ("load", "load_byte"):
+        monkeypatch.setattr(lanes, name, lambda array, place: array[place])
+    monkeypatch.setattr(lanes, "scalar", int)
+    monkeypatch.setattr(lanes, "as_integer", np.asarray)
+    monkeypatch.setattr(stored_scales, "_of_threads", lambda numbers, dtype: numbers[:128])
+    found, factors = stored_scales.read(codes, [absmax], block, column, layout, interpret=False)
+    block, columns = min(block, 4), min(column, 128) + np.arange(128)
+    np.testing.assert_array_equal(found, codes.reshape(5, 256)[block, columns])
+    np.testing.assert_array_equal(factors, group_of_scale(block, columns, layout))
+
+
 def fill_table(monkeypatch, values, n_threads):
     for first in range(0, n_threads, THREADS):
         monkeypatch.setattr(lanes, "thread_index", lambda first=first: first + np.arange(THREADS))
         byte_table.fill(object(), values, n_threads // LANES)
 
 
-@pytest.mark.parametrize("dtype, unit", [("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_threads", [THREADS, 2 * THREADS])
-def test_operands_by_table(in_threads, monkeypatch, n_threads, dtype, unit):
+def test_operands_by_table(in_threads, monkeypatch, n_threads, dtype):
     values = LAYOUTS["nf4"].values
     fill_table(monkeypatch, values, n_threads)
     of_lanes, rest = np.split(in_threads.reshape(256, 2 * LANES), 2, axis=1)
     expected = np.array(values, "float16")[np.stack(np.divmod(np.arange(256), 16), -1)].view("uint32")
     np.testing.assert_array_equal(of_lanes, np.broadcast_to(expected, of_lanes.shape))
     assert (rest == UNWRITTEN).all()
-    found, expected = decoded("nf4", dtype, table=object())
-    error = np.abs(found.astype("float64") - expected)
-    assert (error <= (unit + 1.01 * 2.0**-11) * np.abs(expected)).all()
+    found, exact = decoded("nf4", dtype, table=object())
+    ones, _ = decoded("nf4", "float16", table=object(), has_scales=False)
+    scales = np.random.default_rng(1).standard_normal(128).astype("float32")
+    np.testing.assert_array_equal(found, (ones.astype("float32") * scales[:, None]).astype(DTYPES[dtype]))
+    unit = (np.finfo("float16") if dtype == "float16" else ml_dtypes.finfo(dtype)).eps / 2
+    assert (np.abs(found.astype("float64") - exact) <= (unit + 1.01 * 2.0**-11) * np.abs(exact)).all()
 
 
 @pytest.mark.parametrize(
