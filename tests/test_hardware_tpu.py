@@ -3,6 +3,7 @@
 import keras
 import pytest
 
+import keras_precision as kp
 from keras_precision import hardware
 
 MATRIX = hardware.support_matrix()
@@ -78,3 +79,24 @@ def test_keras_dense_lowers_for_a_tpu(policy):
     exported = export.export(step, platforms=["tpu"])(values, x)
     assert exported.platforms == ("tpu",)
     assert {str(one.dtype) for one in exported.out_avals[1:]} == {layer.variable_dtype}
+
+
+@pytest.mark.skipif(not IS_JAX, reason="a Keras layer traces through its backend")
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp4", "int4", "int8-weight-only", "int8", "llm-int8", "float8"])
+def test_quantized_layers_lower_for_a_tpu(name):
+    """By the reference path, with their gradients."""
+    jax = pytest.importorskip("jax")
+    from jax import export
+
+    policy = kp.get(f"{name}_from_mixed_bfloat16")
+    if name == "float8":
+        policy = type(policy)(**{**policy.get_config(), "min_features": 16})
+    layer = keras.layers.Dense(64, dtype=policy)
+    layer.build((None, 128))
+    values = [[v.value for v in variables] for variables in (layer.trainable_variables, layer.non_trainable_variables)]
+
+    def gradient(x):
+        return jax.grad(lambda x: layer.stateless_call(*values, x)[0].astype("float32").sum())(x)
+
+    exported = export.export(jax.jit(gradient), platforms=["tpu"])(jax.ShapeDtypeStruct((16, 128), "bfloat16"))
+    assert exported.platforms == ("tpu",) and "custom_call @" not in exported.mlir_module().replace("@Sharding", "")

@@ -153,6 +153,31 @@ def test_files_of_keras_float8_layers_load_and_the_other_way(tmp_path):
     np.testing.assert_array_equal(stock.layers[0].kernel_amax_history, ours.layers[0].kernel_amax_history)
 
 
+def test_files_of_keras_float8_attention_load(tmp_path):
+    def attention(policy):
+        x = keras.Input((4, 32))
+        return keras.Model(x, layers.MultiHeadAttention(2, 16, dtype=policy)(x, x))
+
+    def projections(model):
+        found = model.layers[1]
+        return found.query_dense, found.key_dense, found.value_dense, found.output_dense
+
+    stock, ours = attention("float32"), attention(policy_of("float8/delayed", "float32"))
+    for layer in projections(stock):
+        layer.quantize("float8")
+    x = X.reshape(16, 4, 32)
+    stock.compile("sgd", "mse")
+    stock.fit(x, 0.5 * x, batch_size=8, epochs=1, verbose=0)
+    stock.save_weights(tmp_path / "stock.weights.h5")
+    ours.load_weights(tmp_path / "stock.weights.h5")
+    for layer, twin in zip(projections(ours), projections(stock), strict=True):
+        for name in ("kernel", "bias", *DELAYED_VARIABLES):
+            np.testing.assert_array_equal(getattr(layer, name), getattr(twin, name))
+        assert float(layer.inputs_scale) != 1
+    found, expected = ours.predict(x, verbose=0), stock.predict(x, verbose=0)
+    assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
+
+
 def test_files_of_float_layers_load_and_the_other_way(tmp_path):
     plain = network("mixed_bfloat16")
     plain.save_weights(tmp_path / "plain.weights.h5")
