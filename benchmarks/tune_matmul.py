@@ -35,6 +35,8 @@ def tiles(rows, kind):
         for parts, stages in ((1, 4), (1, 5), (2, 3), (2, 4), (2, 5), (4, 3), (4, 4), (4, 5), (8, 3)):
             for tabled in (False, True) if kind == "table" else (False,):
                 yield from (Slab(batch, parts, stages, cluster, tabled=tabled) for cluster in (1, 2))
+                if rows > batch:
+                    yield Slab(batch, parts, stages, cluster=2, tabled=tabled, stays=False)
                 if batch <= 64 and parts > 1:
                     yield Slab(batch, parts, stages, pairs=2, tabled=tabled)
     if rows <= 2:
@@ -82,14 +84,22 @@ def tune(name, k, n, rows, best) -> None:
     import numpy as np
 
     from keras_precision.formats import FORMATS as formats
+    from keras_precision.formats import double_quant
     from keras_precision.kernels import dispatch, weight_only
 
     codec = formats[name]
     draw = np.random.default_rng(0)
     encoded = codec.encode(draw.standard_normal((k, n), dtype="float32"))
-    parts = [{part: jnp.asarray(np.roll(array, i, -1)) for part, array in encoded.items()} for i in range(COUNT)]
+    encoded = {part: np.asarray(array) for part, array in encoded.items()}
+    parts = [
+        {part: jnp.asarray(np.roll(array, i, -1) if array.ndim else array) for part, array in encoded.items()}
+        for i in range(COUNT)
+    ]
     weights = [jax.jit(lambda p: codec.decode(p, (k, n), DTYPE))(p) for p in parts]
     layout = codec.layout((k, n))
+
+    def scales(p):
+        return double_quant.arrays(p) if "scale_codes" in p else [p["scale"]]
 
     def timed(compiled, *inputs):
         return matmul.least_seconds(lambda: compiled(*inputs), jax.block_until_ready, 4) / COUNT * 1e6
@@ -103,14 +113,12 @@ def tune(name, k, n, rows, best) -> None:
     for m in rows:
         x = jnp.asarray(draw.standard_normal((m, k), dtype="float32"), DTYPE)
         subjects = {
-            str(tile): lambda x, p, tile=tile: dispatch.product_by(tile)(
-                x, p["codes"], [p["scale"]], layout, tile, DTYPE
-            )
+            str(tile): lambda x, p, tile=tile: dispatch.product_by(tile)(x, p["codes"], scales(p), layout, tile, DTYPE)
             for tile in tiles(m, layout.kind)
         }
         for tile in decoding_tiles() if m == max(rows) else ():
             subjects[f"decoded, {tile}"] = lambda x, p, tile=tile: (
-                x @ weight_only.decoded(p["codes"], [p["scale"]], layout, tile, DTYPE)
+                x @ weight_only.decoded(p["codes"], scales(p), layout, tile, DTYPE)
             )
         subjects["chosen"] = lambda x, p: codec.matmul(x, p, (k, n), DTYPE)
         subjects["decoded by XLA"] = lambda x, p: x @ codec.decode(p, (k, n), DTYPE)
