@@ -1,5 +1,7 @@
 """Each benchmark runs in its smallest setting and reports every case; what it measures is not asserted."""
 
+import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -113,13 +115,22 @@ def rows_of(name, backend, *arguments, statuses=(0,)):
     return [cells(line) for line in lines if f"│ {backend} " in line]
 
 
-def test_train_step_prints_both_sides(backend):
-    small = "--layers 1 --width 16 --heads 2 --vocabulary 32 --length 8 --batch 2 --steps 2 --epochs 1".split()
-    rows = rows_of("train_step", backend, *small, "--policies", "mixed_bfloat16,bfloat16")
-    assert [row[1:3] for row in rows] == [[p, s] for p in ("mixed_bfloat16", "bfloat16") for s in ("keras", "ours")]
-    assert all(float(row[3]) > 0 and float(row[4]) > 0 for row in rows)
-    stock, ours = rows[2:]
-    assert stock[7] == stock[8] and ours[7] != ours[8]  # stock Keras's loss stays where it is
+def test_train_step_prints_each_side(backend):
+    small = "--layers 1 --width 16 --heads 2 --vocabulary 32 --length 8 --batch 2 --steps 2 --epochs 1 --size 8".split()
+    lines = printed_by("train_step", "--backends", backend, *small, "--policies", "mixed_bfloat16,bfloat16")
+    rows = [cells(line) for line in lines if f"│ {backend} " in line]
+    torch = ["torch"] if importlib.util.find_spec("torch") else []
+    sides = {"mixed_bfloat16": ["keras", "ours", *torch], "bfloat16": ["keras", "ours"]}
+    assert [row[1:3] for row in rows] == [[p, s] for p in sides for s in sides[p]]
+    assert all(float(row[3]) > 0 and float(row[4]) > 0 and float(row[6].removesuffix("%")) > 0 for row in rows)
+    assert all(abs(float(row[8]) - math.log(32)) < 0.7 for row in rows)  # before training
+    assert all(row[8] != row[9] for row in rows[:-2])
+    stock, ours = rows[-2:]
+    assert stock[8] == stock[9] and ours[8] != ours[9]  # stock Keras's loss stays where it is
+    caption = " ".join(" ".join(lines).split())
+    operations = 3 * 2 * 2 * 8 * (16 * 48 + 2 * 8 * 16 + 16 * 16 + 2 * 16 * 64 + 16 * 32)
+    assert f"take {operations / 1e12:.4g} TFLOP." in caption
+    assert ("autocast" in caption) == bool(torch)
 
 
 def test_float8_step_prints_each_scaling(backend):
