@@ -10,6 +10,7 @@ those of a policy are never apart. The device's bfloat16 matmul rate is measured
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import timing
-from matmul import least_seconds
+from matmul import matmul_rate
 
 # "unscaled" switches loss scaling off, which tells what it costs apart from what float16 itself does.
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "mixed_float16 unscaled", "bfloat16")
@@ -225,19 +226,10 @@ def compiled(function: Callable, attempt: Callable[[Callable], object]) -> tuple
     return faster, f"{how}, compiled"
 
 
-def matmul_rate(size: int) -> float:
-    """Returns the operations a second of a bfloat16 product of square matrices, the most of several samples."""
-    import keras
-
-    array = keras.ops.ones((size, size), "bfloat16")
-    seconds = least_seconds(lambda: keras.ops.matmul(array, array), lambda found: float(found[0, 0]), SAMPLES)
-    return 2 * size**3 / seconds
-
-
 def function_of(name: str, shape: Shape) -> Callable:
     """Returns what a worker answers with: the matmul rate or, of a "side:policy", one more epoch."""
     if name == RATE:
-        return matmul_rate
+        return functools.partial(matmul_rate, samples=SAMPLES)
     side, _, policy = name.partition(":")
     return torch_epoch(policy, shape) if side == "torch" else keras_epoch(side, policy, shape)
 

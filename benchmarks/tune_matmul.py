@@ -98,9 +98,6 @@ def tune(name, k, n, rows, best) -> None:
     weights = [jax.jit(lambda p: codec.decode(p, (k, n), DTYPE))(p) for p in parts]
     layout = codec.layout((k, n))
 
-    def scales(p):
-        return double_quant.arrays(p) if "scale_codes" in p else [p["scale"]]
-
     def timed(compiled, *inputs):
         return matmul.least_seconds(lambda: compiled(*inputs), jax.block_until_ready, 4) / COUNT * 1e6
 
@@ -113,12 +110,14 @@ def tune(name, k, n, rows, best) -> None:
     for m in rows:
         x = jnp.asarray(draw.standard_normal((m, k), dtype="float32"), DTYPE)
         subjects = {
-            str(tile): lambda x, p, tile=tile: dispatch.product_by(tile)(x, p["codes"], scales(p), layout, tile, DTYPE)
+            str(tile): lambda x, p, tile=tile: dispatch.product_by(tile)(
+                x, p["codes"], double_quant.arrays(p), layout, tile, DTYPE
+            )
             for tile in tiles(m, layout.kind)
         }
         for tile in decoding_tiles() if m == max(rows) else ():
             subjects[f"decoded, {tile}"] = lambda x, p, tile=tile: (
-                x @ weight_only.decoded(p["codes"], scales(p), layout, tile, DTYPE)
+                x @ weight_only.decoded(p["codes"], double_quant.arrays(p), layout, tile, DTYPE)
             )
         subjects["chosen"] = lambda x, p: codec.matmul(x, p, (k, n), DTYPE)
         subjects["decoded by XLA"] = lambda x, p: x @ codec.decode(p, (k, n), DTYPE)

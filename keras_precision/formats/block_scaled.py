@@ -75,8 +75,7 @@ class BlockScaled(Codec):
 
     def matmul(self, x, parts, shape, dtype):
         """Returns x times the weight; see `Codec.matmul` and `kernels.weight_only.product`."""
-        scales = double_quant.arrays(parts) if self.has_double_quant else [parts["scale"]]
-        arrays = parts["codes"], scales, self.layout(shape)
+        arrays = parts["codes"], double_quant.arrays(parts), self.layout(shape)
         return dispatch.matmul(x, *arrays, dtype, lambda to: self.decode(parts, shape, to))
 
     def layout(self, shape: tuple[int, int]) -> Layout:

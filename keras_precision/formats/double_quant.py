@@ -92,7 +92,9 @@ def encode(scale: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def arrays(parts) -> list:
-    """Returns what a kernel needs to expand the scales: codes, absmax, offset and the map."""
+    """Returns what kernels take as scales: float32 ones or, to be expanded, codes, absmax, offset and the map."""
+    if "scale" in parts:
+        return [parts["scale"]]
     stored = [parts[name] for name in ("scale_codes", "scale_absmax", "scale_offset")]
     return [*stored, ops.convert_to_tensor(dynamic_map())]
 
