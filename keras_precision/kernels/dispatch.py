@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import keras
 from keras import ops
+from keras.backend import standardize_dtype
 
 from keras_precision import dtypes
 from keras_precision.kernels import (
@@ -18,6 +19,7 @@ from keras_precision.kernels import (
     one_thread,
     reference,
     row_product,
+    scaled_halves,
     warpgroup,
     weight_only,
 )
@@ -55,7 +57,8 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
     plan = measured.PLANS[layout.kind]
 
     def decoded(codes, scales, dtype):
-        if weight_only.can_decode(layout, plan.decoding):
+        by_xla = (layout.kind, dtype) in measured.DECODED_BY_XLA
+        if not by_xla and weight_only.can_decode(layout, plan.decoding):
             return weight_only.decoded(codes, scales, layout, plan.decoding, dtype)
         return decode(dtype)
 
@@ -70,7 +73,17 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
     def transposed(x, codes, *scales):
         return _times_transposed(x, codes, scales, layout, decoded)
 
-    found = _linear(product, transposed)(ops.reshape(x, (rows, layout.shape[0])), codes, *scales)
+    def product_elsewhere(x, codes, *scales):
+        return ops.matmul(x, decode(dtype))
+
+    def transposed_elsewhere(x, codes, *scales):
+        return ops.matmul(x, ops.transpose(decode(standardize_dtype(x.dtype))))
+
+    multiply = _linear(
+        device.on_nvidia(product, product_elsewhere),
+        device.on_nvidia(transposed, transposed_elsewhere),
+    )
+    found = multiply(ops.reshape(x, (rows, layout.shape[0])), codes, *scales)
     return ops.reshape(found, (*x.shape[:-1], layout.shape[1]))
 
 
@@ -93,7 +106,10 @@ _MODULES = {
     weight_only.Tile: weight_only,
     warpgroup.Slab: warpgroup,
     one_thread.Warps: few_rows,
+    scaled_halves.Halves: scaled_halves,
 }
+
+_Tile = row_product.Strip | weight_only.Tile | warpgroup.Slab | one_thread.Warps | scaled_halves.Halves
 
 
 def _module(tile):
@@ -101,18 +117,25 @@ def _module(tile):
     return _MODULES[type(tile)]
 
 
-def product_by(tile: row_product.Strip | weight_only.Tile | warpgroup.Slab | one_thread.Warps) -> Callable:
+def product_by(tile: _Tile) -> Callable:
     """Returns what multiplies with such a tile."""
     return _module(tile).product
 
 
 def _tile(layout, rows, dtype):
     """Returns what to multiply so many rows by, None if the weight is to be decoded."""
+    if dtype == "float32":
+        return measured.first_for(rows, _float32_tiles(layout))
     kind = layout.kind if layout.largest_scale is None else f"double-quantized {layout.kind}"
-    tile = _hopper_tile(kind, layout, rows, dtype)
-    if tile is not None:
-        return tile
-    return measured.PLANS[layout.kind].product(rows) if dtype != "float32" or rows == 1 else None
+    return _hopper_tile(kind, layout, rows, dtype) or measured.PLANS[layout.kind].product(rows)
+
+
+def _float32_tiles(layout):
+    """Returns which tiles multiply float32 activations."""
+    if not device.multiplies_in_tf32():
+        return measured.FLOAT32_TILES[layout.kind]
+    has_halves = device.has_wgmma() and scaled_halves.can_run(layout, "float32")
+    return (measured.HOPPER_TF32_TILES if has_halves else measured.TF32_TILES)[layout.kind]
 
 
 def _hopper_tile(kind, layout, rows, dtype):
@@ -125,18 +148,29 @@ def _hopper_tile(kind, layout, rows, dtype):
 
 def _times_transposed(x, codes, scales, layout, decoded):
     """Returns x (m, n) times the transposed weight, in x's dtype; `decoded` is a function of (codes, scales, dtype)."""
-    dtype = keras.backend.standardize_dtype(x.dtype)
-    slab = None
-    if device.has_wgmma() and warpgroup.can_run_transposed(layout, dtype):
-        slab = measured.first_for(x.shape[0], measured.TRANSPOSED_SLABS[layout.kind])
-    if slab is None:
+    dtype = standardize_dtype(x.dtype)
+    tile = _transposed_tile(layout, x.shape[0], dtype)
+    if tile is None:
         return ops.matmul(x, ops.transpose(decoded(codes, scales, dtype)))
 
     def product(x, codes, *scales):
-        return warpgroup.transposed_product(x, codes, scales, layout, slab, dtype)
+        return _module(tile).transposed_product(x, codes, scales, layout, tile, dtype)
 
     # Penalties on gradients differentiate it once more.
     return _linear(product, lambda x, codes, *scales: ops.matmul(x, decoded(codes, scales, dtype)))(x, codes, *scales)
+
+
+def _transposed_tile(layout, rows, dtype):
+    """Returns what to multiply so many rows with a transposed weight by, None if it is to be decoded."""
+    if not device.has_wgmma():
+        return None
+    slabs = measured.TRANSPOSED_SLABS[layout.kind]
+    slab = measured.first_for(rows, slabs)
+    if warpgroup.can_run_transposed(layout, dtype):
+        return slab
+    if device.multiplies_in_tf32() and scaled_halves.can_run_transposed(layout, dtype):
+        return scaled_halves.Halves(slab or slabs[-1][1])  # decoding first would end in a product in float32
+    return None
 
 
 def integer_products(x, codes) -> reference.Products:
@@ -161,17 +195,20 @@ def integer_products(x, codes) -> reference.Products:
     def transposed(x, codes, scale):
         return _times_transposed(x, codes, [scale], layout, decoded)
 
-    return reference.Products(_scaled_products(x, codes, layout), transposed)
+    return reference.Products(
+        device.on_nvidia(_scaled_products(x, codes, layout), reference.scaled_products),
+        device.on_nvidia(transposed, reference.times_transposed),
+    )
 
 
 def _scaled_products(x, codes, layout):
     """Returns the first of `integer_products`."""
     rows = math.prod(x.shape[:-1])
     fits = layout.shape[0] <= reference.ROWS_PER_SUM
-    hopper_tile = _hopper_tile("integers", layout, rows, keras.backend.standardize_dtype(codes.dtype))
+    hopper_tile = _hopper_tile("integers", layout, rows, standardize_dtype(codes.dtype))
     if fits and hopper_tile is not None:
         product = _module(hopper_tile).integer_product
-        return lambda *arguments: product(*arguments, hopper_tile)
+        return lambda *arrays, dtype: product(*arrays, dtype, hopper_tile)
     tile = measured.PLANS[layout.kind].product(rows)
     if tile is None:
         is_large = rows >= measured.ROWS_OF_INTEGER_PARTS
@@ -210,14 +247,18 @@ def multiplies_float8() -> bool:
 
 def float8_steps() -> float8.Steps:
     """Returns how `float8.matmul` rounds and multiplies here: with float8 matrix units, or as the reference does."""
-    return float8.Steps(_round_both, _multiply_float8) if multiplies_float8() else float8.EMULATION
+    if not multiplies_float8():
+        return float8.EMULATION
+    return float8.Steps(
+        device.on_nvidia(_round_both, float8.round_both), device.on_nvidia(_multiply_float8, float8.multiply)
+    )
 
 
-def _round_both(x, scale, dtype, measures):
+def _round_both(x, scale, column_scale, dtype, measures=False):
     is_whole = all(isinstance(size, int) for size in x.shape) and cast_transpose.can_run(tuple(x.shape))
     if is_whole and device.has_triton() and keras.distribution.distribution() is None:
-        return cast_transpose.cast_transpose(x, scale, dtype, dtypes.info(dtype).max, measures)
-    return float8.round_both(x, scale, dtype, measures)
+        return cast_transpose.cast_transpose(x, scale, column_scale, dtype, dtypes.info(dtype).max, measures)
+    return float8.round_both(x, scale, column_scale, dtype, measures)
 
 
 def _multiply_float8(a, b, dtype, is_forward):

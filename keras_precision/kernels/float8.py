@@ -34,10 +34,8 @@ class Steps(NamedTuple):
     """What a device does in its own way.
 
     Attributes:
-        round_both: (x (m, k), scale (), dtype, measures) -> codes (m, k), the
-            same transposed, (k, m), and x's greatest magnitude, float32 (), if
-            it is to be measured, else None.
-        multiply: (a, b, dtype, is_forward) -> the product (m, n) of operands (m, k) and (n, k), in `dtype`.
+        round_both: `round_both`, or a faster function like it.
+        multiply: `multiply`, or a faster function like it.
     """
 
     round_both: Callable
@@ -45,14 +43,14 @@ class Steps(NamedTuple):
 
 
 def scale_for(greatest, dtype: str):
-    """Returns the least power of two at which a magnitude is in a float8 dtype's range, as float32.
+    """Returns the least power of two at which a magnitude is in a dtype's range, as float32.
 
     Floating point codes lose nothing by it, and scaling is exact then, also in
     bfloat16. Inf and NaN stay, so that what they scale is not finite either.
 
     Args:
         greatest: float tensor, >= 0.
-        dtype: float8 dtype.
+        dtype: float dtype of less than 32 bits.
     """
     least = ops.cast(greatest, "float32") / dtypes.info(dtype).max
     power = ops.view(ops.view(least, "int32") + 0x7FFFFF & -0x800000, "float32")
@@ -75,14 +73,23 @@ def rounded(x, scale, dtype: str):
     return ops.cast(ops.clip(ops.cast(x, "float32") * (1 / scale), -largest, largest), dtype)
 
 
-def round_both(x, scale, dtype: str, measures: bool):
-    """Returns the codes of x / scale, the same transposed, and x's greatest magnitude or None."""
+def round_both(x, scale, column_scale, dtype: str, measures: bool = False):
+    """Returns the codes of x / scale, those of x / column_scale transposed, and x's greatest magnitude or None.
+
+    Args:
+        x: float tensor (m, k).
+        scale: float32 (), or (m, 1).
+        column_scale: float32 (1, k); None for `scale`, which is one number then.
+        dtype: float8 dtype.
+        measures: whether the greatest magnitude is asked for, a float32 ().
+    """
     codes = rounded(x, scale, dtype)
-    return codes, ops.transpose(codes), ops.cast(_greatest(x), "float32") if measures else None
+    of_columns = codes if column_scale is None else rounded(x, column_scale, dtype)
+    return codes, ops.transpose(of_columns), ops.cast(_greatest(x), "float32") if measures else None
 
 
 def multiply(a: Operand, b: Operand, dtype: str, is_forward: bool):
-    """Returns the product of two operands on devices without float8 matmuls.
+    """Returns the product (m, n) of operands (m, k) and (n, k), in `dtype`, on devices without float8 matmuls.
 
     Codes are float32 numbers of at most 4 bits here, whose products all
     devices' matmuls compute exactly, in whatever precision; sums are float32.
@@ -102,21 +109,21 @@ def _greatest(x, axis=None):
 def _by_tensor(x, dtype, steps, state):
     """One scale, from x itself (current scaling)."""
     scale = scale_for(_greatest(x), dtype)
-    codes, transposed, _ = steps.round_both(x, scale, dtype, False)
+    codes, transposed, _ = steps.round_both(x, scale, None, dtype=dtype)
     return Operand(codes, scale), Operand(transposed, scale), ()
 
 
 def _by_row(x, dtype, steps, state):
     """One scale for each row of each operand, from x itself: what is transposed has other rows, hence other codes."""
     row_scale, column_scale = (scale_for(_greatest(x, axis), dtype) for axis in (1, 0))
-    transposed = ops.transpose(rounded(x, column_scale, dtype))
-    return Operand(rounded(x, row_scale, dtype), row_scale), Operand(transposed, ops.transpose(column_scale)), ()
+    codes, transposed, _ = steps.round_both(x, row_scale, column_scale, dtype=dtype)
+    return Operand(codes, row_scale), Operand(transposed, ops.transpose(column_scale)), ()
 
 
 def _delayed(x, dtype, steps, state):
     """One scale, known before x: made of the greatest magnitudes of earlier steps."""
     scale, history = state
-    codes, transposed, greatest = steps.round_both(x, scale, dtype, True)
+    codes, transposed, greatest = steps.round_both(x, scale, None, dtype=dtype, measures=True)
     # What Keras does, but an inf in the history, of a step that was skipped, doesn't stop the scale from following.
     seen = ops.max(ops.where(ops.isfinite(history), history, 0.0))
     next_scale = ops.where(seen > 0, ops.maximum(seen / dtypes.info(dtype).max, SMALLEST_SCALE), scale)
@@ -155,10 +162,10 @@ def matmul(x, weight, dtype: str, scaling: str = "tensor", states=((), (), ()), 
         def gradient(*arguments, upstream=None):
             (upstream,) = arguments if upstream is None else (upstream,)
             rows, columns, next_gradient = operands(upstream, GRADIENT, steps, gradient_state)
-            to_x = steps.multiply(rows, weight_rows, dtype, False)
-            to_weight = steps.multiply(x_columns, columns, dtype, False)
+            to_x = steps.multiply(rows, weight_rows, dtype=dtype, is_forward=False)
+            to_weight = steps.multiply(x_columns, columns, dtype=dtype, is_forward=False)
             return ops.cast(to_x, x.dtype), ops.cast(to_weight, weight.dtype), *next_x, *next_weight, *next_gradient
 
-        return steps.multiply(x_rows, weight_columns, dtype, True), gradient
+        return steps.multiply(x_rows, weight_columns, dtype=dtype, is_forward=True), gradient
 
     return product(x, weight, *(part for state in states for part in state))

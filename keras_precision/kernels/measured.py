@@ -8,6 +8,7 @@ from typing import Any
 
 from keras_precision.kernels.one_thread import Warps
 from keras_precision.kernels.row_product import Strip
+from keras_precision.kernels.scaled_halves import Halves
 from keras_precision.kernels.warpgroup import Slab
 from keras_precision.kernels.weight_only import Tile
 
@@ -102,6 +103,42 @@ _DOUBLE_QUANTIZED = ((8, Warps()), (16, Slab(16, 4, 4, pairs=2, tabled=True)))
 HOPPER_TILES |= {
     f"double-quantized {kind}": (*_DOUBLE_QUANTIZED, *HOPPER_TILES[kind][1:]) for kind in ("whole", "table")
 }
+
+_ONE_ROW = ((1, Strip(256, 4, 2, 4, 4)),)
+_FLOAT32 = (
+    *_ONE_ROW,
+    (16, Tile(16, 128, 32, stages=3, decodes_ahead=True)),
+    (64, Tile(32, 128, 32, stages=3, decodes_ahead=True)),
+)
+FLOAT32_TILES = {"whole": _FLOAT32, "table": _FLOAT32, "bytes": _FLOAT32}
+"""What multiplies float32 activations where the matmul precision is "highest"; see `TF32_TILES`.
+
+In us, with 16, 32 and 64 rows: nf4 96, 135 and 265, decoded first 198, 262 and 279, a float32 weight 102, 169 and 185;
+int4 98, - and 266; int8 87, 123 and 231, decoded by XLA 139, 234 and 287.
+"""
+_TF32 = (
+    *_ONE_ROW,
+    (16, Tile(16, 128, 32, stages=3)),
+    (32, Tile(32, 128, 32, stages=3)),
+    (64, Tile(64, 64, 32, stages=3)),
+    (128, Tile(128, 64, 32, stages=3)),
+)
+TF32_TILES = {"whole": _TF32, "table": _TF32, "bytes": _ONE_ROW}
+"""What multiplies float32 activations else; where there is no tile, the weight is decoded first.
+
+The same device and shape, in us, with 16, 32, 64 and 128 rows: nf4 34, -, 98 and 126, int4 36, 60, 93 and 132, decoded
+first 181 to 187, a float32 weight 82 to 89; int8 39, 51, 86 and 116, decoded by XLA 33, 44, 56 and 115.
+"""
+DECODED_BY_XLA = (("bytes", "float32"),)
+"""Kinds of codes, and dtypes, that XLA decodes as fast as a kernel or faster, up to 64 rows while it multiplies.
+
+int8 in TF32: 174 us with 256 rows, 432 with 1,024 and 1,426 with 4,096, decoded by a kernel 205, 430 and 1,420.
+"""
+HOPPER_TF32_TILES = {
+    kind: (*_ONE_ROW, *((rows, Halves(tile)) for rows, tile in HOPPER_TILES[kind] if isinstance(tile, Slab)))
+    for kind in PLANS
+}
+"""What Hopper multiplies them by: nf4 28 us with 32 rows, 33 with 64, 44 with 128, 62 with 256 (a float32 weight 98)."""
 
 TRANSPOSED_SLABS = {
     "whole": (

@@ -104,7 +104,7 @@ def integer_matmul(x, codes, scale, dtype: str, products: Products = IN_OPERATIO
             (upstream,) = arguments if upstream is None else (upstream,)
             return ops.cast(products.transposed(upstream, codes, scale), x.dtype), None, None
 
-        return products.scaled(x_codes, x_scale, codes, scale, dtype), gradient
+        return products.scaled(x_codes, x_scale, codes, scale, dtype=dtype), gradient
 
     # Two axes, since Keras 3.15 on TensorFlow sums the products of an int8 vector in int8, where they wrap around.
     rows = product(ops.reshape(x, (-1, k)), codes, scale)

@@ -76,6 +76,7 @@ def product(
     slab: Slab,
     dtype: str,
     result: str | None = None,
+    x_scale: Any = None,
     interpret: Any = None,
 ):
     """Returns x times the weight.
@@ -103,16 +104,27 @@ def product(
         slab: what a program works on.
         dtype: "float16" or "bfloat16".
         result: dtype of the result; None for the same.
+        x_scale: float32 (m, 1) that multiplies sums; None for ones.
         interpret: parameters of Pallas's interpreter of such kernels; None to run them.
 
     Returns:
         Tensor (m, n).
     """
     static = {"layout": layout, "slab": slab, "result": result or dtype, "interpret": interpret}
-    return jitted(_product, tuple(static))(x, codes, tuple(scales), None, **static)
+    return jitted(_product, tuple(static))(x, codes, tuple(scales), x_scale, **static)
 
 
-def transposed_product(x, codes, scales: Sequence, layout: Layout, slab: Slab, dtype: str, interpret: Any = None):
+def transposed_product(
+    x,
+    codes,
+    scales: Sequence,
+    layout: Layout,
+    slab: Slab,
+    dtype: str,
+    result: str | None = None,
+    x_scale: Any = None,
+    interpret: Any = None,
+):
     """Returns x times the transposed weight: the gradient of `product` with respect to its x, where x is that of its result.
 
     With weights as in `product`, scaled in float32 and rounded to `dtype`; an
@@ -127,15 +139,17 @@ def transposed_product(x, codes, scales: Sequence, layout: Layout, slab: Slab, d
         layout: of the weight (k, n); see `can_run_transposed`.
         slab: what a program works on.
         dtype: "float16" or "bfloat16".
-        interpret: as in `product`.
+        result: as in `product`.
+        x_scale: likewise.
+        interpret: likewise.
 
     Returns:
         Tensor (m, k).
     """
     if layout.block_size is None:  # all rows are one block
         scales, layout = [scales[0][None]], dataclasses.replace(layout, block_size=layout.shape[0])
-    static = {"layout": layout, "slab": slab, "result": dtype, "interpret": interpret, "tiling": Transposed}
-    return jitted(_product, tuple(static))(x, codes, tuple(scales), None, **static)
+    static = {"layout": layout, "slab": slab, "result": result or dtype, "interpret": interpret, "tiling": Transposed}
+    return jitted(_product, tuple(static))(x, codes, tuple(scales), x_scale, **static)
 
 
 def integer_product(x_codes, x_scale, codes, scale, dtype: str, slab: Slab, interpret: Any = None):

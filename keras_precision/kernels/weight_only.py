@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keras_precision.kernels import codes as code_values
+from keras_precision.kernels import device
 from keras_precision.kernels.compiled import jitted, triton_call
 from keras_precision.kernels.device import MOST_PROGRAMS_ON_AN_AXIS
 from keras_precision.kernels.layout import Layout, scales_at, vectors, with_plain_scales
@@ -20,6 +22,7 @@ from keras_precision.kernels.partial_sums import added, places, split
 
 # More rows take more programs, of which each expands double-quantized scales (64 rows: 80 us, 50 with float32 scales).
 _LARGEST_BATCH_THAT_EXPANDS = 32
+_BITS_OF_TF32 = 11  # significant ones
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ def product(
     float32, where scales multiply partial sums. With u = 2**-24 and v the unit
     roundoff of `dtype`, an element differs from the exact product of x and the
     weight by at most sum |x| |weight| (v + (k + 3) u), and one more rounding to
-    `dtype`; v doesn't count where values are whole numbers.
+    `dtype`; v doesn't count where values are whole numbers. In float32 values
+    and x are rounded to TF32, 2 v + v**2 with v = 2**-11 in place of v, if the
+    backend multiplies other matrices so, and v is 0 if not.
 
     Args:
         x: tensor (m, k) of `dtype`.
@@ -124,6 +129,12 @@ def _product(x, codes, scales, *, layout, tile, dtype, result, interpret):
     tile = tile.fitted(layout)
     if layout.largest_scale is not None and tile.batch > _LARGEST_BATCH_THAT_EXPANDS:
         scales, layout = with_plain_scales(scales, layout)
+    in_tf32 = dtype == "float32" and device.multiplies_in_tf32()
+    precision = "highest" if dtype == "float32" and not in_tf32 else "default"
+    if in_tf32:  # matrix units would cut the other bits off
+        x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=_BITS_OF_TF32 - 1)
+        values = layout.values and tuple(map(_in_tf32, layout.values))
+        layout = dataclasses.replace(layout, values=values)
     (k, n), (m, _), per_byte = layout.shape, x.shape, layout.codes_per_byte
     step_rows = tile.rows * tile.reads
     steps = -(-layout.byte_rows // step_rows)
@@ -160,7 +171,6 @@ def _product(x, codes, scales, *, layout, tile, dtype, result, interpret):
                 products = []
                 for place, value in enumerate(_decoded_last(packed, layout, dtype, interpret)):
                     part_of_x = x_ref[place, batch_rows, pl.ds(start, tile.rows)]
-                    precision = "highest" if dtype == "float32" else None
                     products.append(jnp.dot(part_of_x, value, precision=precision, preferred_element_type="float32"))
                 # Added up a read at a time, this takes fewer registers than one after the other.
                 sums.append(functools.reduce(operator.add, products))
@@ -227,6 +237,11 @@ def _decoded_last(packed, layout, dtype, interpret):
     if _makes_pairs(layout, dtype, interpret):
         return code_values.unpacked(packed, dtype)
     return [value.astype(dtype) for value in code_values.values(packed, layout.values, interpret)]
+
+
+def _in_tf32(value):
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(mantissa * 2**_BITS_OF_TF32), exponent - _BITS_OF_TF32)
 
 
 def _makes_pairs(layout, dtype, interpret):

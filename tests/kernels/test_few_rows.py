@@ -5,6 +5,7 @@ import dataclasses
 import keras
 import ml_dtypes
 import numpy as np
+import pretended
 import pytest
 from keras import ops
 from interpreting import interpreter
@@ -284,8 +285,7 @@ def test_dispatch(monkeypatch, name, most, function):
 
     record(few_rows)
     record(warpgroup)
-    monkeypatch.setattr(device, "has_triton", lambda: True)
-    monkeypatch.setattr(device, "has_wgmma", lambda: True)
+    pretended.on_nvidia(monkeypatch, hopper=True)
     for rows in (1, most, most + 1):
         x = ops.convert_to_tensor(np.random.default_rng(0).standard_normal((rows, 128), dtype="float32"), "bfloat16")
         found = codec.matmul(x, tensors(parts), (128, 128), "bfloat16")

@@ -3,6 +3,7 @@
 import keras
 import ml_dtypes
 import numpy as np
+import pretended
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,47 +200,57 @@ def test_delayed_products_are_those_of_keras_rounding():
         assert np.linalg.norm(numbers(result) - expected) < 5e-3 * np.linalg.norm(expected)
 
 
+ROWS, COLUMNS = cast_transpose.LARGEST_TILE
+
+
 @on_jax
+@pytest.mark.parametrize("shape", [(2 * ROWS, 3 * COLUMNS), (3 * ROWS // 4, COLUMNS + COLUMNS // 8)], ids=str)
+@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", DTYPES)
-def test_the_kernel_gives_the_codes_and_their_transpose(name, dtype):
-    x = np.array(draw.standard_normal((2 * cast_transpose.TILE[0], 3 * cast_transpose.TILE[1])) * 300, "float32")
+def test_the_kernel_gives_the_codes_and_their_transpose(name, dtype, by_row, shape):
+    assert cast_transpose.can_run(shape)
+    x = np.array(draw.standard_normal(shape) * 300, "float32")
     x[0, 0], x[1, 1], x[2, 2] = np.nan, np.inf, -np.inf
-    x, scale = ops.cast(x, dtype), np.float32(0.3)
-    codes, transposed, _ = cast_transpose.cast_transpose(x, scale, name, LARGEST[name], interpret=True)
-    expected = numbers(float8.rounded(x, scale, name))
+    x, scales = ops.cast(x, dtype), (np.float32(0.3), None)
+    if by_row:
+        scales = (
+            draw.uniform(0.1, 9, (shape[0], 1)).astype("float32"),
+            draw.uniform(0.1, 9, (1, shape[1])).astype("float32"),
+        )
+    codes, transposed, _ = cast_transpose.cast_transpose(x, *scales, name, LARGEST[name], interpret=True)
+    expected, of_columns = (numbers(float8.rounded(x, scale, name)) for scale in (scales if by_row else scales[:1] * 2))
     np.testing.assert_array_equal(numbers(codes), expected)  # bits but for those of NaN
-    np.testing.assert_array_equal(numbers(transposed), expected.T)
+    np.testing.assert_array_equal(numbers(transposed), of_columns.T)
 
 
 @on_jax
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("greatest, place", [(-3.5, (0, 0)), (1e30, (-1, -1)), (np.inf, (-1, 0)), (np.nan, (70, 200))])
 def test_the_kernel_measures_the_greatest_magnitude(dtype, greatest, place):
-    x = np.clip(draw.standard_normal((2 * cast_transpose.TILE[0], 3 * cast_transpose.TILE[1])), -3, 3)
+    x = np.clip(draw.standard_normal((2 * ROWS, 3 * COLUMNS)), -3, 3)
     x[place] = greatest
     x, scale, name = ops.cast(x, dtype), np.float32(0.3), float8.FORWARD
-    *_, found = cast_transpose.cast_transpose(x, scale, name, LARGEST[name], measures=True, interpret=True)
+    *_, found = cast_transpose.cast_transpose(x, scale, None, name, LARGEST[name], measures=True, interpret=True)
     assert found.shape == () and found.dtype == "float32"
     np.testing.assert_array_equal(found, np.abs(numbers(x)[place]))
     if not np.isnan(greatest):  # which XLA's own maximum passes over on a CPU
-        assert found == float8.round_both(x, scale, name, True)[2]
+        assert found == float8.round_both(x, scale, None, name, True)[2]
 
 
 @on_jax
 def test_matrices_that_the_kernel_takes():
-    rows, columns = cast_transpose.TILE
-    assert cast_transpose.can_run((rows * 3, columns))
-    assert not cast_transpose.can_run((0, columns)) and not cast_transpose.can_run((rows * 3 + 1, columns))
-    assert not cast_transpose.can_run((rows, columns // 2))
-    assert not cast_transpose.can_run((rows, columns * 2**16))
+    for shape in ((ROWS * 3, COLUMNS), (ROWS * 3 + 16, COLUMNS), (16, 48)):
+        assert cast_transpose.can_run(shape)
+        assert not any(size % tile for size, tile in zip(shape, cast_transpose.tile_of(shape), strict=True))
+    for shape in ((0, COLUMNS), (ROWS, 0), (ROWS * 3 + 1, COLUMNS), (ROWS, 8), (ROWS, COLUMNS * 2**16)):
+        assert not cast_transpose.can_run(shape)
 
 
 @pytest.fixture
 def has_float8(monkeypatch):
     """Makes dispatch think that it is on a Hopper GPU."""
-    monkeypatch.setattr(device, "has_float8", lambda: True)
-    monkeypatch.setattr(device, "has_triton", lambda: True)
+    pretended.on_nvidia(monkeypatch)
 
 
 @on_jax
@@ -263,7 +274,7 @@ def test_matrix_units_multiply_all_three_products(has_float8):
 
 
 @on_jax
-@pytest.mark.parametrize("scaling, reads", [("tensor", True), ("delayed", False)])
+@pytest.mark.parametrize("scaling, reads", [("tensor", True), ("row", True), ("delayed", False)])
 def test_delayed_scaling_measures_as_it_rounds(has_float8, scaling, reads):
     """XLA reads the three matrices once more where their scales are made of themselves."""
     import jax
@@ -322,7 +333,7 @@ def test_no_kernel_under_a_distribution(has_float8, monkeypatch):
     mesh = keras.distribution.DeviceMesh((1,), ["data"], keras.distribution.list_devices()[:1])
     with keras.distribution.ModelParallel(layout_map=keras.distribution.LayoutMap(mesh)).scope():
         round_both = dispatch.float8_steps().round_both
-        codes, transposed, greatest = round_both(ops.ones((64, 128)), np.float32(1), float8.FORWARD, True)
+        codes, transposed, greatest = round_both(ops.ones((64, 128)), np.float32(1), None, float8.FORWARD, True)
     assert codes.shape == (64, 128) and transposed.shape == (128, 64) and greatest == 1
 
 

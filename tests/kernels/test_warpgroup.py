@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 import keras
 import numpy as np
+import pretended
 import pytest
 from keras import ops
 from interpreting import interpreter
@@ -202,8 +203,7 @@ def on_hopper(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(device, "has_triton", lambda: True)
-    monkeypatch.setattr(device, "has_wgmma", lambda: True)
+    pretended.on_nvidia(monkeypatch, hopper=True)
     monkeypatch.setattr(weight_only, "can_decode", lambda *_: False)  # by a kernel that isn't interpreted here
     for name in ("product", "transposed_product", "integer_product"):
         monkeypatch.setattr(warpgroup, name, interpreted(getattr(warpgroup, name)))

@@ -4,6 +4,7 @@ import dataclasses
 
 import keras
 import numpy as np
+import pretended
 import pytest
 from stored_weights import UNIT, activations, numbers, scales_of, stored, tensors
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs o
 
 KINDS = {"nf4": "table", "fp4-dq": "table", "int4": "whole", "int8-weight-only": "bytes"}
 BY_NUMBER, BY_UNITS = Strip(16, 2, 4, 2, 4), Tile(16, 16, 16, decodes_ahead=True)
+TF32 = 2.0**-11  # unit roundoff
 # Even and odd, tiles' multiples and not, and less than a block, a tile or a byte.
 SHAPES = [(128, 32), (77, 33), (1, 1)]
 
@@ -30,9 +32,36 @@ def assert_product(found, x, weight, dtype, is_exact=False):
     """Within the bound that `weight_only.product` documents; where values aren't rounded, `row_product.product`."""
     x, k = numbers(x), x.shape[-1]
     unit = UNIT[dtype]
-    bound = np.abs(x) @ np.abs(weight) * ((0 if is_exact or dtype == "float32" else unit) + (k + 3) * 2.0**-24)
+    is_float32 = dtype == "float32" and not device.multiplies_in_tf32()
+    of_operands = 0 if is_exact or is_float32 else 2 * TF32 + TF32**2 if dtype == "float32" else unit
+    bound = np.abs(x) @ np.abs(weight) * (of_operands + (k + 3) * 2.0**-24)
     exact = x @ weight
     assert (np.abs(numbers(found) - exact) <= bound + unit * np.abs(exact)).all()
+
+
+@pytest.fixture(params=["highest", "high", "default"])
+def precision(request):
+    """JAX's matmul precision."""
+    import jax
+
+    with jax.default_matmul_precision(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_float32_products_are_as_precise_as_the_backends(name, precision):
+    codec, parts, weight = stored(name, 128, 32)
+    x = activations(16, 128, "float32")
+    found = product(x, parts["codes"], scales_of(parts), codec.layout((128, 32)), BY_UNITS, "float32")
+    assert device.multiplies_in_tf32() == (precision != "highest")
+    assert_product(found, x, weight, "float32")
+    # Which numbers are multiplied is seen where there is but one product.
+    one = np.zeros((16, 128), "float32")
+    one[0, 7] = 1 + 2.0**-12
+    found = product(one, parts["codes"], scales_of(parts), codec.layout((128, 32)), BY_UNITS, "float32")
+    is_rounded = np.abs(numbers(found)[0] - weight[7])[weight[7] != 0] < 2.0**-13 * np.abs(weight[7])[weight[7] != 0]
+    if KINDS[name] != "table":  # whose values are rounded too
+        assert is_rounded.all() if precision != "highest" else not is_rounded.any()
 
 
 @pytest.mark.parametrize("tile", [BY_NUMBER, BY_UNITS], ids=["by_number", "by_units"])
@@ -115,7 +144,7 @@ def has_kernels(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(device, "has_triton", lambda: True)
+    pretended.on_nvidia(monkeypatch)
     for module, name in ((row_product, "product"), (weight_only, "product"), (weight_only, "decoded")):
         monkeypatch.setattr(module, name, interpreted(getattr(module, name)))
     plan = measured.Plan(((1, BY_NUMBER), (4, BY_UNITS)), Tile(1, 16, 8))
@@ -189,6 +218,7 @@ def test_kernels_run_where_they_can(monkeypatch):
 
 @pytest.mark.parametrize("name", [*KINDS, "int8"])
 def test_layers_compute_with_kernels_as_without(has_kernels, monkeypatch, name):
+    monkeypatch.setattr(device, "multiplies_in_tf32", lambda: False)  # as a CPU
     layer = keras.layers.Dense(32, dtype=keras_precision.get(f"{name}_from_float32"))
     x = activations(3, 128, "float32")
     found = layer(x)
