@@ -31,6 +31,7 @@ class Program:
     Attributes:
         tensors: those of the full shape that the function closed over.
         scalars: tensors of shape () that its operations need.
+        operations: what it does with them; equal for programs that do the same.
 
     Raises:
         NotElementwise: it sums, multiplies matrices, or mixes elements in
@@ -48,6 +49,7 @@ class Program:
         self._results = [self._recording.operand(result) for result in results]
         self.tensors: list[Any] = self._recording.tensors
         self.scalars: list[Any] = [ops.reshape(value, ()) for value in self._recording.scalars]
+        self.operations: str = self._recording.described(self._results)
 
     def run(self, values: Sequence, scalars: Sequence) -> list:
         """Returns the function's results for parts of its tensors.

@@ -85,6 +85,10 @@ class Recording:
                 self._n_values += 1
         return Tensor(self._given[len(self.arguments) + place]) if is_full else Scalar(place)
 
+    def described(self, results: Sequence[Tensor | Scalar]) -> str:
+        """Returns what `replay` does, the same for recordings that do the same while these exist: functions have addresses."""
+        return repr((self._given, self._steps, results))
+
     def replay(self, results: Sequence[Tensor | Scalar], values: Sequence, scalars: Sequence) -> list:
         """Returns results for the same part, in any one shape, of each argument and then of each of `tensors`."""
         shape = tuple(values[0].shape)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_precision import _bridge_variables
 from keras_precision.kernels import device
 from keras_precision.kernels.compiled import triton_call
 
@@ -24,6 +25,7 @@ _CODES = "uint8"
 # XLA's CPU compiler would convert a whole array of float8 in each round. TensorFlow views none as integers.
 _STORED_AS = {"jax": {"float8_e4m3fn": _CODES}}.get(keras.backend.backend(), {})
 _CHANGED_ON_TENSORFLOW = ("float32", _CODES)
+_PARTS = "keras_precision/rows"  # of a graph of TensorFlow
 
 
 def _look_up(table, places):
@@ -63,7 +65,7 @@ ANY = Target()
 
 
 def can_run(tensor, dtypes: Iterable[str] = ()) -> bool:
-    """Returns whether `replaced` runs here, on some devices in code that XLA compiles.
+    """Returns whether `replaced` runs here, on some devices in code that is compiled or, see `assign_replaced`, will be.
 
     Args:
         tensor: that the code has.
@@ -81,11 +83,11 @@ def _is_traced(tensor):
     return isinstance(tensor, jax.core.Tracer)
 
 
-def _is_in_xla_context(tensor):
+def _is_in_graph(tensor):
     import tensorflow as tf
 
-    is_dense = isinstance(tensor, tf.Tensor)
-    return is_dense and not tf.distribute.has_strategy() and tf.__internal__.get_enclosing_xla_context() is not None
+    is_dense = isinstance(tensor, tf.Tensor) and tensor.shape.is_fully_defined()
+    return is_dense and not tf.executing_eagerly() and not tf.distribute.has_strategy()
 
 
 def replaced(
@@ -122,6 +124,68 @@ def replaced(
         return [jax.numpy.where(scalars[-1], old, rows) for old, rows in zip(changed, new, strict=True)]
 
     return _runner()(kept_or_new, list(changed), list(read), [*scalars, keep], list(tables))
+
+
+def assign_replaced(
+    function: Callable,
+    variables: Sequence,
+    row_shapes: Sequence[tuple[int, ...]],
+    read: Sequence,
+    scalars: Sequence,
+    tables: Sequence[np.ndarray],
+    keep=None,
+    same: Hashable = None,
+) -> None:
+    """Assigns to variables what `replaced` makes of their rows.
+
+    TensorFlow's `fit` compiles nothing with XLA on a machine without an
+    accelerator, and neither does a plain tf.function: there XLA compiles this
+    alone. Assigning in what it compiles lets it write over what the variables
+    hold.
+
+    Args:
+        function: as for `replaced`.
+        variables: keras.Variables that store rows one after the other.
+        row_shapes: the shape of a row of each.
+        read: as for `replaced`.
+        scalars: likewise.
+        tables: likewise.
+        keep: likewise.
+        same: functions with equal ones are the same but for the arrays that
+            they are called with, and are compiled once.
+    """
+
+    def assign(variables, read, scalars):
+        old = [ops.reshape(_tensor_of(v), (-1, *shape)) for v, shape in zip(variables, row_shapes, strict=True)]
+        new = replaced(function, old, read, scalars, tables, keep)
+        for variable, array in zip(variables, new, strict=True):
+            variable.assign(ops.reshape(array, variable.shape))
+
+    if keras.backend.backend() == "tensorflow" and not _is_in_xla_context():
+        assign = _compiled_part(assign, same)
+        variables = [variable.value for variable in variables]
+    assign(list(variables), list(read), list(scalars))
+
+
+def _tensor_of(variable):
+    return variable.read_value() if hasattr(variable, "read_value") else _bridge_variables.tensor_of(variable)
+
+
+def _is_in_xla_context():
+    import tensorflow as tf
+
+    return tf.__internal__.get_enclosing_xla_context() is not None
+
+
+def _compiled_part(function, same):
+    """Returns a function compiled by XLA as a part of the graph that is being traced, the same for equal `same`."""
+    import tensorflow as tf
+
+    graph = tf.compat.v1.get_default_graph()
+    parts = graph.get_collection_ref(_PARTS)
+    if not parts:
+        parts.append({})
+    return parts[0].setdefault(same, tf.function(function, jit_compile=True, autograph=False))
 
 
 def writes_in_place() -> bool:
@@ -243,7 +307,7 @@ def _by_kernel(function, changed, read, scalars, tables, interpret=False):
     )(*changed, *read, *numbers, *tables_in)
 
 
-_IS_COMPILED = {"jax": _is_traced, "tensorflow": _is_in_xla_context}
+_IS_COMPILED = {"jax": _is_traced, "tensorflow": _is_in_graph}
 _RUNNERS = {"jax": {"cpu": _by_loop, "gpu": _by_kernel}, "tensorflow": {"cpu": _by_loop}}.get(
     keras.backend.backend(), {}
 )

@@ -96,18 +96,6 @@ class PackedSlot:
         """Drops what was assigned and not stored."""
         self._value, self._is_changed = None, False
 
-    def rows(self) -> list:
-        """Returns the stored parts with a row for each block, as `StateFormat.decode_rows` takes them."""
-        return [
-            ops.reshape(_bridge_variables.tensor_of(part), (-1, *shape))
-            for part, shape in zip(self.parts.values(), self.state_format.row_shapes.values(), strict=True)
-        ]
-
-    def store_rows(self, rows) -> None:
-        """Stores parts as `rows` returns them."""
-        for part, tensor in zip(self.parts.values(), rows, strict=True):
-            part.assign(ops.reshape(tensor, part.shape))
-
     def numpy(self):
         """Returns the value as a NumPy array."""
         return ops.convert_to_numpy(self.value)

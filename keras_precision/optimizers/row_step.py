@@ -64,23 +64,21 @@ def update(step: Callable, gradient, slots: Sequence[PackedSlot]) -> bool:
         ]
         return [new, *(part for parts in encoded for part in parts.values())]
 
-    stored = [part for slot in slots for part in slot.rows()]
-    read = [ops.reshape(x, (-1, width)) for x in (gradient, *program.tensors)]
-    tables = [table for slot in slots for table in slot.state_format.tables(slot.is_signed)]
+    variables = [weight, *(part for slot in slots for part in slot.parts.values())]
+    row_shapes = [(width,), *(shape for slot in slots for shape in slot.state_format.row_shapes.values())]
     selected = selection.current()
-    new, *stored = rows.replaced(
+    rows.assign_replaced(
         of_rows,
-        [ops.reshape(_bridge_variables.tensor_of(weight), (-1, width)), *stored],
-        read,
+        variables,
+        row_shapes,
+        [ops.reshape(x, (-1, width)) for x in (gradient, *program.tensors)],
         program.scalars,
-        tables,
+        [table for slot in slots for table in slot.state_format.tables(slot.is_signed)],
         None if selected is None else selected.condition,
+        same=(program.operations, *((slot.state_format, slot.is_signed) for slot in slots)),
     )
-    weight.assign(ops.reshape(new, weight.shape))
-    for slot, parts in zip(slots, _dealt(stored, slots), strict=True):
-        slot.store_rows(parts)
     if selected is not None:
-        for variable in (weight, *(part for slot in slots for part in slot.parts.values())):
+        for variable in variables:
             selected.decide(variable)
     return True
 

@@ -91,17 +91,18 @@ def test_runs_only_where_it_can_be_compiled():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="other backends have no graphs of their own")
-def test_runs_in_no_graph_that_is_not_compiled():
+def test_runs_in_graphs_without_a_strategy():
     import tensorflow as tf
 
     found = []
+    tf.function(lambda x: found.append(rows.can_run(x)), input_signature=[tf.TensorSpec((None,))])(tf.zeros(3))
     tf.function(lambda x: found.append(rows.can_run(x)))(tf.zeros(3))
     compiled(lambda x: tf.cond(x[0] > 0, lambda: found.append(rows.can_run(x)) or x, lambda: x))(np.zeros(3))
     slices = tf.IndexedSlices(tf.zeros((1, 3)), tf.constant([0]), (2, 3))
     compiled(lambda x: found.append(rows.can_run(slices)) or x)(np.zeros(3))
     with tf.distribute.OneDeviceStrategy("CPU").scope():
         compiled(lambda x: found.append(rows.can_run(x)) or x)(np.zeros(3))
-    assert found == [False, True, False, False]
+    assert found == [False, True, True, False, False]
 
 
 @on_jax

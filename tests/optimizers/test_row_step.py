@@ -20,6 +20,7 @@ from keras_precision.scaling import LossScaleOptimizer
 SHAPE = (9, 8, 96)  # 27 rows of 256
 pytestmark = pytest.mark.skipif(not RUNNERS, reason="runs on two backends")
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
+on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="runs on TensorFlow only")
 BY_ROWS = {
     "SGD": lambda: keras.optimizers.SGD(0.02, momentum=0.9, nesterov=True, weight_decay=0.01),
     "Adam": lambda: keras.optimizers.Adam(0.01, amsgrad=True),
@@ -59,12 +60,12 @@ def has_rows(state_format):
     return keras.backend.backend() == "jax" or STATE_FORMATS[state_format].code_dtype == "uint8"
 
 
-def compiled_apply(optimizer, weights, **settings):
-    """Returns what applies gradients, compiled by XLA."""
+def compiled_apply(optimizer, weights, by_xla=True, **settings):
+    """Returns what applies gradients, compiled by XLA or, on TensorFlow, as a graph."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        run = tf.function(lambda *gradients: optimizer.apply(list(gradients), weights, **settings), jit_compile=True)
+        run = tf.function(lambda *gradients: optimizer.apply(list(gradients), weights, **settings), jit_compile=by_xla)
         return lambda *gradients: run(*map(tf.convert_to_tensor, gradients))
     import jax
 
@@ -78,13 +79,13 @@ def compiled_apply(optimizer, weights, **settings):
     return run
 
 
-def steps(make, state_format="dynamic8", shape=SHAPE, count=3, dtype="float32", **settings):
+def steps(make, state_format="dynamic8", shape=SHAPE, count=3, dtype="float32", by_xla=True, **settings):
     """Returns the weight and the state after some compiled steps."""
     draw = np.random.default_rng(0)
     weight = keras.Variable(draw.standard_normal(shape).astype("float32"))
     optimizer = LowBit(make(), state_format, min_size=0, **settings)
     optimizer.build([weight])
-    apply = compiled_apply(optimizer, [weight])
+    apply = compiled_apply(optimizer, [weight], by_xla)
     for _ in range(count):
         apply(ops.cast(draw.standard_normal(shape), dtype))
     return [ops.convert_to_numpy(x) for x in (weight, *optimizer.variables)]
@@ -125,6 +126,52 @@ def test_every_format_and_gradients_of_16_bits(state_format, dtype, monkeypatch,
     assert done == [False, *[has_rows(state_format)] * len(RUNNERS)]
     for found in by_rows:
         assert_agree(found, expected)
+
+
+# RMSprop's first momenta have one magnitude, so that the last bit decides which of them, and which sign, makes the scale.
+@on_tensorflow
+@pytest.mark.parametrize("name", sorted(BY_ROWS.keys() - {"RMSprop"}))
+def test_a_graph_has_parts_that_xla_compiles(name, done):
+    found, expected = (steps(BY_ROWS[name], by_xla=by_xla) for by_xla in (False, True))
+    assert done == [True, True]
+    assert_agree(found, expected)
+
+
+@on_tensorflow
+def test_fit_has_them(done):
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(256), keras.layers.Dense(2)])
+    model.compile(LowBit("adam"), "mse")
+    assert not model.jit_compile  # Keras's choice where there is no accelerator
+    before = ops.convert_to_numpy(model.layers[0].kernel)
+    model.fit(np.ones((8, 64)), np.ones((8, 2)), epochs=2, batch_size=4, verbose=0)
+    assert True in done and not np.array_equal(ops.convert_to_numpy(model.layers[0].kernel), before)
+
+
+@on_tensorflow
+def test_weights_that_are_updated_alike_share_a_part():
+    import tensorflow as tf
+
+    draw = np.random.default_rng(0)
+    shapes, names = [(16, 256)] * 3 + [(8, 256)], ["first", "second", "kept", "other"]
+    values = [draw.standard_normal(shape).astype("float32") for shape in shapes]
+    gradients = [tf.constant(draw.standard_normal(shape).astype("float32")) for shape in shapes]
+
+    def trained(chosen):
+        weights = [keras.Variable(values[i], name=names[i]) for i in chosen]
+        optimizer = LowBit(keras.optimizers.AdamW(0.1, weight_decay=0.5), min_size=0)
+        optimizer.exclude_from_weight_decay(var_names=["kept"])
+        optimizer.build(weights)
+        run = tf.function(lambda: optimizer.apply([gradients[i] for i in chosen], weights))
+        for _ in range(2):
+            run()
+        called = [x for x in run.get_concrete_function().graph.get_operations() if "PartitionedCall" in x.type]
+        return [x.get_attr("f").name for x in called], list(map(ops.convert_to_numpy, weights))
+
+    functions, together = trained(range(4))
+    first, second, kept, other = functions
+    assert first == second and len({first, kept, other}) == 3
+    for i, found in enumerate(together):  # none takes another's numbers
+        np.testing.assert_array_equal(found, trained([i])[1][0])
 
 
 @pytest.mark.parametrize("name", BY_TENSOR)
@@ -174,20 +221,37 @@ def test_a_step_holds_no_slot_in_float32():
     assert memory.temp_size_in_bytes < 0.05 * sum(value.nbytes for value in state)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tells its programs on TensorFlow only")
+@on_tensorflow
 @pytest.mark.parametrize(
-    "state_format, shape", [("dynamic8", (256, 4096)), ("dynamic8", (3989, 256)), ("dynamic4", (256, 4096))]
+    "state_format, shape, by_xla",
+    [
+        ("dynamic8", (256, 4096), True),
+        ("dynamic8", (256, 4096), False),
+        ("dynamic8", (3989, 256), True),
+        ("dynamic4", (256, 4096), True),
+    ],
 )
 @pytest.mark.parametrize("name", BY_ROWS)
-def test_a_program_copies_no_array_that_it_updates(name, state_format, shape):
+def test_a_program_copies_no_array_that_it_updates(name, state_format, shape, by_xla, monkeypatch):
+    """Whether XLA compiles the whole step or a part of it."""
     import tensorflow as tf
 
     most = rows._ELEMENTS_OF_A_LOOP
     assert math.prod(shape) > 3 * most
     weight, optimizer = keras.Variable(np.zeros(shape, "float32")), LowBit(BY_ROWS[name](), state_format)
     optimizer.build([weight])
-    run = tf.function(lambda gradient: optimizer.apply([gradient], [weight]), jit_compile=True)
-    program = run.experimental_get_compiler_ir(tf.zeros(weight.shape))("optimized_hlo")
+    run, inputs = tf.function(lambda gradient: optimizer.apply([gradient], [weight]), jit_compile=by_xla), None
+    if by_xla:
+        inputs = [tf.zeros(weight.shape)]
+    else:
+        made, make = [], rows._compiled_part
+        monkeypatch.setattr(rows, "_compiled_part", lambda *given: made.append(make(*given)) or made[-1])
+        run.get_concrete_function(tf.zeros(weight.shape))
+        (run,) = made
+        (specification,) = (x.structured_input_signature[0] for x in run._list_all_concrete_functions())
+        inputs = tf.nest.map_structure(lambda x: tf.zeros(x.shape, x.dtype), specification)
+        inputs[0][:] = [weight.value, *(part.value for slot in optimizer.packed_slots for part in slot.parts.values())]
+    program = run.experimental_get_compiler_ir(*inputs)("optimized_hlo")
     copied = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", program)
     assert copied and all(math.prod(map(int, filter(None, lengths.split(",")))) <= most for lengths in copied)
     assert "dynamic-update-slice" in program
