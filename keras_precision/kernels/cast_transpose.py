@@ -10,8 +10,12 @@ import math
 from keras_precision.kernels.compiled import jitted, triton_call
 from keras_precision.kernels.device import MOST_PROGRAMS_ON_AN_AXIS
 
-LARGEST_TILE = (64, 128)
-"""Rows and columns that one program rounds at most: 2.3 to 2.6 TB/s on an H100, of bfloat16 and of float32."""
+LARGEST_TILE = (32, 128)
+"""Rows and columns that one program rounds at most.
+
+On an H200, which copies 4.0 TB/s, 3.27 TB/s of bfloat16 and 3.18 of float32, and with 64 rows 3.22 and 3.00; no other
+tile of 11 is faster by 2% (8192 and 4096 x 14336, jax 0.11.2).
+"""
 _SMALLEST_SIDE = 16
 _WARPS = 4
 
@@ -21,7 +25,7 @@ def tile_of(shape: tuple[int, int]) -> tuple[int, int]:
 
     Example:
         >>> tile_of((8192, 4096)), tile_of((48, 2080))
-        ((64, 128), (16, 32))
+        ((32, 128), (16, 32))
     """
     rows, columns = map(math.gcd, shape, LARGEST_TILE)
     return rows, columns

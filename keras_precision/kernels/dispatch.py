@@ -22,6 +22,7 @@ from keras_precision.kernels import (
     scaled_halves,
     warpgroup,
     weight_only,
+    weight_only_transposed,
 )
 from keras_precision.kernels.layout import Layout
 
@@ -36,9 +37,8 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
     differ from those by no more than `product` of `row_product`,
     `weight_only`, `few_rows` and `warpgroup` tells, beside the backend's
     matmul precision. The gradient with respect to x is a product with the
-    transposed weight: on Hopper a kernel decodes as it multiplies, with what
-    `warpgroup.transposed_product` tells, and elsewhere the weight is decoded
-    first. Codes and scales get none.
+    transposed weight, by kernels likewise, with what `transposed_product` of
+    `warpgroup` and `weight_only_transposed` tells. Codes and scales get none.
 
     Args:
         x: float tensor (..., k).
@@ -107,9 +107,17 @@ _MODULES = {
     warpgroup.Slab: warpgroup,
     one_thread.Warps: few_rows,
     scaled_halves.Halves: scaled_halves,
+    weight_only_transposed.TransposedTile: weight_only_transposed,
 }
 
-_Tile = row_product.Strip | weight_only.Tile | warpgroup.Slab | one_thread.Warps | scaled_halves.Halves
+_Tile = (
+    row_product.Strip
+    | weight_only.Tile
+    | warpgroup.Slab
+    | one_thread.Warps
+    | scaled_halves.Halves
+    | weight_only_transposed.TransposedTile
+)
 
 
 def _module(tile):
@@ -120,6 +128,11 @@ def _module(tile):
 def product_by(tile: _Tile) -> Callable:
     """Returns what multiplies with such a tile."""
     return _module(tile).product
+
+
+def transposed_product_by(tile: _Tile) -> Callable:
+    """Returns what multiplies with the transposed weight with such a tile."""
+    return _module(tile).transposed_product
 
 
 def _tile(layout, rows, dtype):
@@ -154,7 +167,7 @@ def _times_transposed(x, codes, scales, layout, decoded):
         return ops.matmul(x, ops.transpose(decoded(codes, scales, dtype)))
 
     def product(x, codes, *scales):
-        return _module(tile).transposed_product(x, codes, scales, layout, tile, dtype)
+        return transposed_product_by(tile)(x, codes, scales, layout, tile, dtype)
 
     # Penalties on gradients differentiate it once more.
     return _linear(product, lambda x, codes, *scales: ops.matmul(x, decoded(codes, scales, dtype)))(x, codes, *scales)
@@ -162,6 +175,14 @@ def _times_transposed(x, codes, scales, layout, decoded):
 
 def _transposed_tile(layout, rows, dtype):
     """Returns what to multiply so many rows with a transposed weight by, None if it is to be decoded."""
+    hopper_tile = _hopper_transposed_tile(layout, rows, dtype)
+    if hopper_tile is not None or not weight_only_transposed.can_run(layout, dtype):
+        return hopper_tile
+    return measured.first_for(rows, measured.TRANSPOSED_TILES[layout.kind])
+
+
+def _hopper_transposed_tile(layout, rows, dtype):
+    """Returns what multiplies so many rows with a transposed weight on Hopper, None elsewhere or if nothing does."""
     if not device.has_wgmma():
         return None
     slabs = measured.TRANSPOSED_SLABS[layout.kind]

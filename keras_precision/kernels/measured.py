@@ -11,6 +11,7 @@ from keras_precision.kernels.row_product import Strip
 from keras_precision.kernels.scaled_halves import Halves
 from keras_precision.kernels.warpgroup import Slab
 from keras_precision.kernels.weight_only import Tile
+from keras_precision.kernels.weight_only_transposed import TransposedTile
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,13 @@ TRANSPOSED_SLABS = {
 Chosen among 2 to 4 slabs for each number of rows by the time of 24 products in one function, on the same device. Decoding
 first takes 100 us for 16 rows of nf4, 107 for 64, 110 for 256, 208 for 1,024 (with these 24, 29, 55, 189), and less than
 the kernel for 2,048: 352, 363 (int4: 342, 324); int8 takes 212 for 1,024 (188) and 663 for 4,096 (728).
+"""
+
+_TRANSPOSED = ((16, TransposedTile(16, 32, 128)),)
+TRANSPOSED_TILES = {"whole": _TRANSPOSED, "table": _TRANSPOSED, "bytes": _TRANSPOSED}
+"""What multiplies with a transposed weight where no slab does; with more rows the weight is decoded first.
+
+Right on an H200, and not timed yet: it reads a quarter of what decoding first writes, and as much as that reads.
 """
 
 ROWS_OF_INTEGER_PARTS = 1024

@@ -10,7 +10,15 @@ from stored_weights import UNIT, activations, numbers, scales_of, stored, tensor
 
 import keras_precision
 from keras_precision.formats import FORMATS
-from keras_precision.kernels import device, dispatch, measured, reference, row_product, weight_only
+from keras_precision.kernels import (
+    device,
+    dispatch,
+    measured,
+    reference,
+    row_product,
+    weight_only,
+    weight_only_transposed,
+)
 from keras_precision.kernels.row_product import Strip
 from keras_precision.kernels.weight_only import Tile
 
@@ -145,7 +153,8 @@ def has_kernels(monkeypatch):
         return run
 
     pretended.on_nvidia(monkeypatch)
-    for module, name in ((row_product, "product"), (weight_only, "product"), (weight_only, "decoded")):
+    kernels = [(row_product, "product"), (weight_only, "product"), (weight_only, "decoded")]
+    for module, name in (*kernels, (weight_only_transposed, "transposed_product")):
         monkeypatch.setattr(module, name, interpreted(getattr(module, name)))
     plan = measured.Plan(((1, BY_NUMBER), (4, BY_UNITS)), Tile(1, 16, 8))
     monkeypatch.setattr(measured, "PLANS", dict.fromkeys(measured.PLANS, plan))
@@ -180,7 +189,8 @@ def test_gradient_is_that_of_the_decoded_weight(has_kernels, shape, rows):
         return jax.vjp(lambda x: codec.matmul(x, parts, shape, "float32"), x)[1](upstream)[0]
 
     found = gradient(x, tensors(parts), upstream)
-    np.testing.assert_allclose(numbers(found), numbers(upstream) @ weight.T, rtol=1e-5, atol=1e-5)
+    assert has_kernels.count("transposed_product") == 1
+    assert_product(found, upstream, weight.T, "float32")
 
 
 def test_int8_activations_by_kernel(has_kernels):
