@@ -21,24 +21,23 @@ import time
 import timing
 
 DTYPE = "bfloat16"
-BASE = "JAX bfloat16"
+BASE = "JAX"  # with a weight of that dtype, as torch
 KERAS = {f"Keras {mode}": mode for mode in ("int8", "int4")}
 OURS = {f"ours {name}": name for name in ("nf4", "nf4-dq", "int4", "int8-weight-only", "int8")}
-OTHERS = {"torch bfloat16": "torch", "bitsandbytes nf4": "bitsandbytes", "bitsandbytes LLM.int8": "bitsandbytes"}
+OTHERS = {"torch": "torch", "bitsandbytes nf4": "bitsandbytes", "bitsandbytes LLM.int8": "bitsandbytes"}
 ROWS_OF_LARGE_PRODUCTS = 1024
 CALLS, CALLS_OF_LARGE_PRODUCTS = 30, 3  # a sample
 SECONDS_OF_REST = 0.5
 
 
-def keras_layers(name, k, n, count):
+def keras_layers(name, k, n, dtype, count):
     """Returns built layers; stock Keras's are quantized by Keras, in a process that doesn't know us."""
     import keras
 
-    dtype = DTYPE
     if name in OURS:
         import keras_precision
 
-        dtype = keras_precision.get(f"{OURS[name]}_from_{DTYPE}")
+        dtype = keras_precision.get(f"{OURS[name]}_from_{dtype}")
     found = []
     for _ in range(count):
         layer = keras.layers.Dense(n, use_bias=False, dtype=dtype)
@@ -49,7 +48,7 @@ def keras_layers(name, k, n, count):
     return found
 
 
-def jax_call(name, k, n, count, of_gradients):
+def jax_call(name, k, n, dtype, count, of_gradients):
     """Returns (function of the number of rows that returns one to time and one that waits, bytes of a weight).
 
     What is timed are the layers' outputs, or their gradients with respect to x.
@@ -57,14 +56,14 @@ def jax_call(name, k, n, count, of_gradients):
     import jax
     import numpy as np
 
-    layers = keras_layers(name, k, n, count)
+    layers = keras_layers(name, k, n, dtype, count)
     values = [([v.value for v in x.trainable_variables], [v.value for v in x.non_trainable_variables]) for x in layers]
 
     def outputs(x, values):
         return [layer.stateless_call(*own, x)[0] for layer, own in zip(layers, values, strict=True)]
 
     def gradients(upstream, values):
-        x = jax.numpy.ones((upstream.shape[0], k), DTYPE)
+        x = jax.numpy.ones((upstream.shape[0], k), dtype)
         found = []
         for layer, own in zip(layers, values, strict=True):
             _, backward = jax.vjp(lambda x, layer=layer, own=own: layer.stateless_call(*own, x)[0], x)
@@ -73,21 +72,22 @@ def jax_call(name, k, n, count, of_gradients):
 
     def prepared(rows):
         shape = rows, n if of_gradients else k
-        x = jax.numpy.asarray(np.random.default_rng(0).standard_normal(shape, dtype="float32"), DTYPE)
+        x = jax.numpy.asarray(np.random.default_rng(0).standard_normal(shape, dtype="float32"), dtype)
         compiled = jax.jit(gradients if of_gradients else outputs)
         return lambda: compiled(x, values), jax.block_until_ready
 
     return prepared, sum(x.nbytes for own in values[0] for x in own)
 
 
-def torch_call(name, k, n, count):
-    """Returns the same for torch's and bitsandbytes' layers; the latter need a GPU."""
+def torch_call(name, k, n, dtype, count):
+    """Returns the same for torch's and bitsandbytes' layers; the latter need a GPU, and LLM.int8 takes float16."""
     import torch
 
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, which is JAX's default
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16
+    dtype = getattr(torch, dtype)
     weights = [torch.randn(n, k, device=device, dtype=dtype) for _ in range(count)]
-    nbytes = 2 * k * n
+    nbytes = weights[0].nbytes
     if name == "bitsandbytes nf4":
         import bitsandbytes
 
@@ -133,42 +133,48 @@ def least_seconds(run, wait, samples, calls=CALLS, rest=0.0) -> float:
     return min(taken)
 
 
-def matmul_rate(size, samples) -> float:
-    """Returns the operations a second of a bfloat16 product of square matrices, the most of several samples."""
+def matmul_rate(size, samples, dtype=DTYPE) -> float:
+    """Returns the operations a second of a product of square matrices, the most of several samples.
+
+    Of random numbers: of ones or zeros GPUs multiply more a second, as they need less power.
+    """
+    import keras
     from keras import ops
 
-    array = ops.ones((size, size), DTYPE)
+    array = keras.random.normal((size, size), dtype=dtype, seed=0)
     return 2 * size**3 / least_seconds(lambda: ops.matmul(array, array), lambda found: float(found[0, 0]), samples)
 
 
-def limits(size, samples):
-    """Returns (bytes a second that a copy reads and writes, operations a second of a bfloat16 matmul)."""
+def limits(size, samples, dtype):
+    """Returns (bytes a second that a copy reads and writes, operations a second of a matmul)."""
     import jax
     import jax.numpy as jnp
 
     large = jnp.ones((size * size * 8,), "float32")
     copy = jax.jit(lambda x: x + 1)
     copying = least_seconds(lambda: copy(large), jax.block_until_ready, samples)
-    return 2 * large.nbytes / copying, matmul_rate(size, samples)
+    return 2 * large.nbytes / copying, matmul_rate(size, samples, dtype)
 
 
 def measure(
-    name: str, k: int, n: int, rows: list[int], count: int, samples: int, size: int, of_gradients: bool
+    name: str, k: int, n: int, dtype: str, rows: list[int], count: int, samples: int, size: int, of_gradients: bool
 ) -> dict:
     """Returns the seconds of a product for each number of rows, the bytes of a weight and the device's limits."""
-    prepared, nbytes = torch_call(name, k, n, count) if name in OTHERS else jax_call(name, k, n, count, of_gradients)
+    make = torch_call if name in OTHERS else functools.partial(jax_call, of_gradients=of_gradients)
+    prepared, nbytes = make(name, k, n, dtype, count)
     seconds = []
     for m in rows:
         is_large = m >= ROWS_OF_LARGE_PRODUCTS
         settings = (CALLS_OF_LARGE_PRODUCTS, SECONDS_OF_REST) if is_large else ()
         seconds.append(least_seconds(*prepared(m), samples, *settings) / count)
-    return {"seconds": seconds, "bytes": nbytes, "limits": limits(size, samples) if name == BASE else None}
+    return {"seconds": seconds, "bytes": nbytes, "limits": limits(size, samples, dtype) if name == BASE else None}
 
 
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="4096,14336", help="k,n")
+    parser.add_argument("--dtype", default=DTYPE, help="of x, and of the weights that ours are compared with")
     parser.add_argument("--rows", default="1,16,64,256,4096", help="numbers of rows of x, by commas")
     parser.add_argument("--layers", type=int, default=24, help="in one call")
     parser.add_argument("--samples", type=int, default=5, help="of some calls, of which the fastest counts")
@@ -185,7 +191,7 @@ def main() -> None:
         parser.error(f"--gradients measures none of {', '.join(OTHERS)}.")
     k, n = map(int, arguments.shape.split(","))
     rows = [int(m) for m in arguments.rows.split(",")]
-    question = {"k": k, "n": n, "rows": rows, "count": arguments.layers}
+    question = {"k": k, "n": n, "dtype": arguments.dtype, "rows": rows, "count": arguments.layers}
     question |= {"samples": arguments.samples, "size": arguments.size, "of_gradients": arguments.gradients}
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     present = [name for name, module in others.items() if importlib.util.find_spec(module)]
@@ -197,18 +203,19 @@ def main() -> None:
             answers[name] = worker.ask(question)
         print(f"{name}:", *(f"{1e6 * x:.1f}" for x in answers[name]["seconds"]), file=sys.stderr, flush=True)
     product = f"Gradients (rows, {n}) times a transposed" if arguments.gradients else f"x (rows, {k}) times"
-    show(f"{product} ({k}, {n}), {DTYPE}", k, n, rows, answers)
+    show(f"{product} ({k}, {n}), {arguments.dtype}", k, n, arguments.dtype, rows, answers)
 
 
-def show(title, k, n, rows, answers) -> None:
+def show(title, k, n, dtype, rows, answers) -> None:
     """Prints a row for each subject, with its times and their ratios to the base."""
+    from ml_dtypes import finfo
     from rich.table import Table
 
     base = answers[BASE]
     bandwidth, rate = base["limits"]
     table = Table(title=title, caption_justify="left")
     table.caption = (
-        f"{platform.machine()}. Microseconds, ratio to {BASE}, and the share of the device's bandwidth "
+        f"{platform.machine()}. Microseconds, ratio to {BASE} {dtype}, and the share of the device's bandwidth "
         f"({bandwidth / 1e12:.3f} TB/s copied) or of its matmul rate ({rate / 1e12:.1f} TFLOP/s), whichever is more."
     )
     for heading in ("subject", "MB"):
@@ -218,10 +225,10 @@ def show(title, k, n, rows, answers) -> None:
     for name, found in answers.items():
         cells = []
         for m, seconds, reference in zip(rows, found["seconds"], base["seconds"], strict=True):
-            moved = found["bytes"] + 2 * m * (k + n)
+            moved = found["bytes"] + finfo(dtype).bits // 8 * m * (k + n)
             share = max(moved / bandwidth, 2 * m * k * n / rate) / seconds
             cells.append(f"{seconds * 1e6:.1f}  {seconds / reference:.2f}  {share:.0%}")
-        table.add_row(name, f"{found['bytes'] / 1e6:.1f}", *cells)
+        table.add_row(f"{name} {dtype}" if name in (BASE, "torch") else name, f"{found['bytes'] / 1e6:.1f}", *cells)
     timing.show(table)
 
 
