@@ -71,13 +71,13 @@ def can_run(tensor, dtypes: Iterable[str] = ()) -> bool:
         tensor: that the code has.
         dtypes: of the arrays that would be changed.
     """
-    is_compiled = _IS_COMPILED.get(keras.backend.backend())
-    if is_compiled is None or not is_compiled(tensor) or _runner() is None:
+    is_traced = _IS_TRACED.get(keras.backend.backend())
+    if is_traced is None or not is_traced(tensor) or _runner() is None:
         return False
     return keras.backend.backend() != "tensorflow" or all(dtype in _CHANGED_ON_TENSORFLOW for dtype in dtypes)
 
 
-def _is_traced(tensor):
+def _is_in_jaxpr(tensor):
     import jax
 
     return isinstance(tensor, jax.core.Tracer)
@@ -133,8 +133,8 @@ def assign_replaced(
     read: Sequence,
     scalars: Sequence,
     tables: Sequence[np.ndarray],
-    keep=None,
-    same: Hashable = None,
+    keep,
+    same: Hashable,
 ) -> None:
     """Assigns to variables what `replaced` makes of their rows.
 
@@ -307,7 +307,7 @@ def _by_kernel(function, changed, read, scalars, tables, interpret=False):
     )(*changed, *read, *numbers, *tables_in)
 
 
-_IS_COMPILED = {"jax": _is_traced, "tensorflow": _is_in_graph}
+_IS_TRACED = {"jax": _is_in_jaxpr, "tensorflow": _is_in_graph}
 _RUNNERS = {"jax": {"cpu": _by_loop, "gpu": _by_kernel}, "tensorflow": {"cpu": _by_loop}}.get(
     keras.backend.backend(), {}
 )

@@ -74,7 +74,7 @@ def update(step: Callable, gradient, slots: Sequence[PackedSlot]) -> bool:
         [ops.reshape(x, (-1, width)) for x in (gradient, *program.tensors)],
         program.scalars,
         [table for slot in slots for table in slot.state_format.tables(slot.is_signed)],
-        None if selected is None else selected.condition,
+        keep=None if selected is None else selected.condition,
         same=(program.operations, *((slot.state_format, slot.is_signed) for slot in slots)),
     )
     if selected is not None:
