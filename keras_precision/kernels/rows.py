@@ -161,7 +161,7 @@ def assign_replaced(
         for variable, array in zip(variables, new, strict=True):
             variable.assign(ops.reshape(array, variable.shape))
 
-    if keras.backend.backend() == "tensorflow" and not _is_in_xla_context():
+    if keras.backend.backend() == "tensorflow" and not is_in_xla_context():
         assign = _compiled_part(assign, same)
         variables = [variable.value for variable in variables]
     assign(list(variables), list(read), list(scalars))
@@ -171,7 +171,8 @@ def _tensor_of(variable):
     return variable.read_value() if hasattr(variable, "read_value") else _bridge_variables.tensor_of(variable)
 
 
-def _is_in_xla_context():
+def is_in_xla_context() -> bool:
+    """Returns whether XLA compiles the graph that is being traced (TensorFlow only)."""
     import tensorflow as tf
 
     return tf.__internal__.get_enclosing_xla_context() is not None

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_precision import _bridge_variables
-from keras_precision.optimizers import turns
+from keras_precision.optimizers import slot_codec, turns
 from keras_precision.optimizers.states import StateFormat
 
 
@@ -54,7 +54,7 @@ class PackedSlot:
             tensors = {
                 name: turns.after_the_last(_bridge_variables.tensor_of(part)) for name, part in self.parts.items()
             }
-            self._value = self.state_format.decode(tensors, self.shape, self.is_signed)
+            self._value = slot_codec.decode(self.state_format, tensors, self.shape, self.is_signed)
         return self._value
 
     def assign(self, value):
@@ -87,7 +87,7 @@ class PackedSlot:
         """Stores what was assigned, and forgets the float32 values; returns the tensors that were stored."""
         value, is_changed = self._value, self._is_changed
         self.forget()
-        encoded = self.state_format.encode(value, self.is_signed) if is_changed else {}
+        encoded = slot_codec.encode(self.state_format, value, self.is_signed) if is_changed else {}
         for name, tensor in encoded.items():
             self.parts[name].assign(tensor)
         return list(encoded.values())

@@ -36,7 +36,8 @@ def test_a_weight_waits_for_the_one_before():
     shape = (16, 250)  # no rows of blocks, so that whole tensors are decoded
     optimizer, weights = make(shape=shape)
     gradients = [tf.ones(shape) for _ in weights]
-    graph = tf.function(lambda: optimizer.apply(gradients, weights)).get_concrete_function().graph
+    step = tf.function(lambda: optimizer.apply(gradients, weights), jit_compile=True)
+    graph = step.get_concrete_function().graph
     decoded = [operation for operation in graph.get_operations() if operation.type == "GatherV2"]
     assert len(decoded) == 2 * len(weights)
     for i, one in enumerate(decoded):
