@@ -176,11 +176,11 @@ def print_table(backend: str, parameters: int, results: dict[str, Result], sampl
     for heading in ("ms", "to Keras's", "state bytes a parameter", "extra memory"):
         table.add_column(heading, justify="right")
     for name, result in results.items():
-        ratio = ""
+        milliseconds, ratio = f"{statistics.median(result.seconds) * 1e3:.2f}", ""
         if KERAS in results:
             ratio = f"{statistics.median(map(operator.truediv, result.seconds, results[KERAS].seconds)):.2f}"
         extra = "" if result.extra is None else f"{result.extra:.1%}"
-        table.add_row(backend, name, f"{statistics.median(result.seconds) * 1e3:.2f}", ratio, f"{result.state_bytes:.3f}", extra)
+        table.add_row(backend, name, milliseconds, ratio, f"{result.state_bytes:.3f}", extra)
     timing.show(table)
 
 

@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--formats", default=",".join(FORMATS), help="one of each kind of codes, by commas")
     parser.add_argument("--dtype", default=matmul.DTYPE, help="of x")
     parser.add_argument("--precision", help="of JAX's float32 products: highest, high, default")
-    parser.add_argument("--gradients", action="store_true", help="times the transposed weight, as those with respect to x")
+    parser.add_argument("--gradients", action="store_true", help="products with the transposed weight")
     parser.add_argument("--best", type=int, default=4, help="how many to print")
     arguments = parser.parse_args()
     os.environ["KERAS_BACKEND"] = "jax"
@@ -123,12 +123,12 @@ def tune(name, k, n, rows, dtype, of_gradients, best) -> None:
     from keras_precision.formats import double_quant
     from keras_precision.kernels import dispatch, weight_only
 
-    def transposed(product):
-        """Returns a product with the transposed weight, by a product that is linear in x (m, k)."""
+    def asked(product):
+        """Returns a product of (x, parts), or its gradient: the product with the transposed weight."""
 
-        def gradient(x, p):
-            _, backward = jax.vjp(lambda x: product(x, p), jnp.zeros((x.shape[0], k), dtype))
-            return backward(x)[0]
+        def gradient(upstream, p):
+            _, backward = jax.vjp(lambda x: product(x, p), jnp.zeros((upstream.shape[0], k), dtype))
+            return backward(upstream)[0]
 
         return gradient if of_gradients else product
 
@@ -163,11 +163,11 @@ def tune(name, k, n, rows, dtype, of_gradients, best) -> None:
             for tile in candidates(m, layout.kind, dtype)
         }
         for tile in decoding_tiles() if m == max(rows) else ():
-            subjects[f"decoded, {tile}"] = transposed(
+            subjects[f"decoded, {tile}"] = asked(
                 lambda x, p, tile=tile: x @ weight_only.decoded(p["codes"], double_quant.arrays(p), layout, tile, dtype)
             )
-        subjects["chosen"] = transposed(lambda x, p: codec.matmul(x, p, (k, n), dtype))
-        subjects["decoded by XLA"] = transposed(lambda x, p: x @ codec.decode(p, (k, n), dtype))
+        subjects["chosen"] = asked(lambda x, p: codec.matmul(x, p, (k, n), dtype))
+        subjects["decoded by XLA"] = asked(lambda x, p: x @ codec.decode(p, (k, n), dtype))
         with ThreadPoolExecutor(14) as pool:
             compiled = dict(zip(subjects, pool.map(lambda f: compile_for(f, x), subjects.values()), strict=True))
         base = jax.jit(lambda x, weights: [x @ (w.T if of_gradients else w) for w in weights])

@@ -35,10 +35,11 @@ def matmul(x, codes, scales: Sequence, layout: Layout, dtype: str, decode: Calla
     decodes or, on Hopper, by one that decodes as it multiplies; everywhere
     else, and under `keras.distribution`, with what `decode` gives. Results
     differ from those by no more than `product` of `row_product`,
-    `weight_only`, `few_rows` and `warpgroup` tells, beside the backend's
-    matmul precision. The gradient with respect to x is a product with the
+    `weight_only`, `few_rows`, `warpgroup` and `scaled_halves` tells, beside the
+    backend's matmul precision. The gradient with respect to x is a product with the
     transposed weight, by kernels likewise, with what `transposed_product` of
-    `warpgroup` and `weight_only_transposed` tells. Codes and scales get none.
+    `warpgroup`, `scaled_halves` and `weight_only_transposed` tells. Codes and
+    scales get none.
 
     Args:
         x: float tensor (..., k).

@@ -86,7 +86,10 @@ class Recording:
         return Tensor(self._given[len(self.arguments) + place]) if is_full else Scalar(place)
 
     def described(self, results: Sequence[Tensor | Scalar]) -> str:
-        """Returns what `replay` does, the same for recordings that do the same while these exist: functions have addresses."""
+        """Returns what `replay` does, in words that are equal only for recordings that do the same.
+
+        They have functions' addresses, so that this holds while the recordings exist.
+        """
         return repr((self._given, self._steps, results))
 
     def replay(self, results: Sequence[Tensor | Scalar], values: Sequence, scalars: Sequence) -> list:

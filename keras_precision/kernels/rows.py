@@ -65,7 +65,7 @@ ANY = Target()
 
 
 def can_run(tensor, dtypes: Iterable[str] = ()) -> bool:
-    """Returns whether `replaced` runs here, on some devices in code that is compiled or, see `assign_replaced`, will be.
+    """Returns whether `replaced` runs here, on some devices in code that is compiled, or will be by `assign_replaced`.
 
     Args:
         tensor: that the code has.

@@ -58,7 +58,7 @@ def can_run(layout: Layout, dtype: str) -> bool:
 def transposed_product(
     x, codes, scales: Sequence, layout: Layout, tile: TransposedTile, dtype: str, interpret: bool = False
 ):
-    """Returns x times the transposed weight: the gradient of a product with respect to its x, where x is that of its result.
+    """Returns x times the transposed weight, as gradients with respect to a product's activations are.
 
     The weight is what decoding gives, computed in float32 and rounded to
     `dtype`. With u = 2**-24 and v the unit roundoff of `dtype`, an element
