@@ -7,6 +7,6 @@ import keras
 from keras_precision.kernels import rows
 
 RUNNERS = {
-    "jax": {"loop": rows._by_loop, "kernel": functools.partial(rows._by_kernel, interpret=True)},
+    "jax": {"native": rows._by_native_code, "loop": rows._by_loop, "kernel": functools.partial(rows._by_kernel, interpret=True)},
     "tensorflow": {"loop": rows._by_loop},
 }.get(keras.backend.backend(), {})

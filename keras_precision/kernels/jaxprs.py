@@ -1,9 +1,11 @@
-"""Records functions from the program that JAX traces them to."""
+"""Reads the programs that JAX traces functions to."""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from keras_precision.kernels.recording import NotElementwise, Recording
 
@@ -35,32 +37,44 @@ def record(recording: Recording, function, arguments) -> list:
     import jax
 
     closed = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments))
-    return _Reader(recording).results(closed.jaxpr, closed.consts, recording.arguments)
+    return evaluated(closed.jaxpr, closed.consts, recording.arguments, _Recorder(recording).results_of)
 
 
-class _Reader:
+def evaluated(jaxpr, consts: Sequence, arguments: Sequence, results_of: Callable[[Any, list], Sequence]) -> list:
+    """Returns the results of a jaxpr and of those that it calls.
+
+    Args:
+        jaxpr: of JAX.
+        consts: the values of its `constvars`.
+        arguments: what stands for its `invars`.
+        results_of: function of an equation and of what stands for its operands (a literal's value for a literal), which
+            returns what stands for its results.
+    """
+    from jax.extend.core import Literal
+
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
+
+    def value(atom):
+        return atom.val if isinstance(atom, Literal) else known[atom]
+
+    for equation in jaxpr.eqns:
+        operands = [value(atom) for atom in equation.invars]
+        if equation.primitive.name in _CALLS:
+            called = equation.params[_CALLS[equation.primitive.name]]
+            results = evaluated(called.jaxpr, called.consts, operands, results_of)
+        else:
+            results = results_of(equation, operands)
+        known.update(zip(equation.outvars, results, strict=True))
+    return [value(atom) for atom in jaxpr.outvars]
+
+
+class _Recorder:
     def __init__(self, recording):
         self._recording = recording
 
-    def results(self, jaxpr, consts, arguments):
-        """Returns the results of a jaxpr: a Tensor each, or the value of a scalar."""
-        from jax.extend.core import Literal
-
-        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
-
-        def value(atom):
-            return atom.val if isinstance(atom, Literal) else known[atom]
-
-        for equation in jaxpr.eqns:
-            results = self._results_of(equation, [value(atom) for atom in equation.invars])
-            known.update(zip(equation.outvars, results, strict=True))
-        return [value(atom) for atom in jaxpr.outvars]
-
-    def _results_of(self, equation, operands):
+    def results_of(self, equation, operands):
+        """Returns the results of an equation: a Tensor each, or the value of a scalar."""
         primitive, params = equation.primitive, equation.params
-        if primitive.name in _CALLS:
-            called = params[_CALLS[primitive.name]]
-            return self.results(called.jaxpr, called.consts, operands)
         if not any(self._is_full(x) for x in [*equation.invars, *equation.outvars]):
             found = primitive.bind(*operands, **params)
             return found if primitive.multiple_results else [found]

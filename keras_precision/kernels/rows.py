@@ -11,8 +11,9 @@ import numpy as np
 from keras import ops
 
 from keras_precision import _bridge_variables
-from keras_precision.kernels import device
+from keras_precision.kernels import device, native_rows, row_function
 from keras_precision.kernels.compiled import triton_call
+from keras_precision.kernels.llvm_values import Uncompilable
 
 # 8 elements a thread: with more of them codecs spill registers (H100, dynamic8: 5.7 ms for 1e9 weights, 6.6 with 16).
 _ELEMENTS_OF_A_KERNEL = 256
@@ -54,10 +55,12 @@ class Target(NamedTuple):
         look_up: function of a NumPy array and of integers, which returns the
             array's numbers in those places, all of them within it.
         greatest: function of integers (..., n), which returns the greatest of each n.
+        computes: whether numbers are computed in less time than they are looked up.
     """
 
     look_up: Callable[[np.ndarray, Any], Any] = _look_up
     greatest: Callable[[Any], Any] = _greatest
+    computes: bool = False
 
 
 ANY = Target()
@@ -91,20 +94,28 @@ def _is_in_graph(tensor):
 
 
 def replaced(
-    function: Callable, changed: Sequence, read: Sequence, scalars: Sequence, tables: Sequence[np.ndarray], keep=None
+    function: Callable,
+    changed: Sequence,
+    read: Sequence,
+    row_shapes: Sequence[tuple[int, ...]],
+    scalars: Sequence,
+    tables: Sequence[np.ndarray],
+    keep=None,
 ) -> list:
     """Returns what a function makes of arrays, computed some rows at a time.
 
-    On a GPU one kernel reads all arrays once and writes the changed ones over
-    themselves where they are donated; on a CPU a loop does.
+    On a GPU, and on a CPU with JAX and llvmlite, one kernel reads all arrays
+    once and writes the changed ones over themselves where they are donated;
+    else a loop does.
 
     Args:
         function: called as function(changed, read, scalars, target) with some
             rows of each array, and with a Target that looks up in `tables`
             only. Returns the new rows of the changed ones, each result
             depending on what is in its own row only.
-        changed: arrays (n_rows, ...).
-        read: arrays (n_rows, ...).
+        changed: arrays of one row after the other, of any shape.
+        read: likewise.
+        row_shapes: of a row of each of the changed arrays and then of those that are read.
         scalars: arrays of shape ().
         tables: arrays (n,).
         keep: bool array of shape (), whether everything is to stay as it is
@@ -114,8 +125,9 @@ def replaced(
     Returns:
         The changed arrays.
     """
+    arrays = list(changed), list(read), list(row_shapes)
     if keep is None:
-        return _runner()(function, list(changed), list(read), list(scalars), list(tables))
+        return _runner()(function, *arrays, list(scalars), list(tables))
 
     def kept_or_new(changed, read, scalars, target):
         import jax
@@ -123,14 +135,14 @@ def replaced(
         new = function(changed, read, scalars[:-1], target)
         return [jax.numpy.where(scalars[-1], old, rows) for old, rows in zip(changed, new, strict=True)]
 
-    return _runner()(kept_or_new, list(changed), list(read), [*scalars, keep], list(tables))
+    return _runner()(kept_or_new, *arrays, [*scalars, keep], list(tables))
 
 
 def assign_replaced(
     function: Callable,
     variables: Sequence,
-    row_shapes: Sequence[tuple[int, ...]],
     read: Sequence,
+    row_shapes: Sequence[tuple[int, ...]],
     scalars: Sequence,
     tables: Sequence[np.ndarray],
     keep,
@@ -146,8 +158,8 @@ def assign_replaced(
     Args:
         function: as for `replaced`.
         variables: keras.Variables that store rows one after the other.
-        row_shapes: the shape of a row of each.
         read: as for `replaced`.
+        row_shapes: likewise.
         scalars: likewise.
         tables: likewise.
         keep: likewise.
@@ -156,10 +168,9 @@ def assign_replaced(
     """
 
     def assign(variables, read, scalars):
-        old = [ops.reshape(_tensor_of(v), (-1, *shape)) for v, shape in zip(variables, row_shapes, strict=True)]
-        new = replaced(function, old, read, scalars, tables, keep)
+        new = replaced(function, list(map(_tensor_of, variables)), read, row_shapes, scalars, tables, keep)
         for variable, array in zip(variables, new, strict=True):
-            variable.assign(ops.reshape(array, variable.shape))
+            variable.assign(array)
 
     if keras.backend.backend() == "tensorflow" and not is_in_xla_context():
         assign = _compiled_part(assign, same)
@@ -210,7 +221,27 @@ def _rows_of_a_round(shape):
     return next((size for size in range(most, most // 2, -1) if n_rows % size == 0), most)
 
 
-def _by_loop(function, changed, read, scalars, tables):
+def _on_cpu(function, changed, read, row_shapes, scalars, tables):
+    if native_rows.is_there():
+        try:
+            return _by_native_code(function, changed, read, row_shapes, scalars, tables)
+        except Uncompilable:
+            pass
+    return _by_loop(function, changed, read, row_shapes, scalars, tables)
+
+
+def _by_native_code(function, changed, read, row_shapes, scalars, tables):
+    target = Target(row_function.look_up, lambda numbers: numbers.max(axis=-1), computes=True)
+    return native_rows.replaced(function, changed, read, row_shapes, scalars, target)
+
+
+def _as_rows(arrays, row_shapes):
+    return [ops.reshape(x, (-1, *shape)) for x, shape in zip(arrays, row_shapes, strict=True)]
+
+
+def _by_loop(function, changed, read, row_shapes, scalars, tables):
+    shapes = [x.shape for x in changed]
+    changed, read = _as_rows(changed, row_shapes[: len(changed)]), _as_rows(read, row_shapes[len(changed) :])
     n_rows = changed[0].shape[0]
     size = _rows_of_a_round(changed[0].shape)
     count, rest = divmod(n_rows, size)
@@ -251,7 +282,7 @@ def _by_loop(function, changed, read, scalars, tables):
     state = ops.while_loop(lambda i, *_: i < count, step, state)
     # Outside of a loop XLA would copy whole arrays before it writes into them.
     _, arrays, _ = ops.while_loop(lambda i, *_: i < count + 1, finish, state)
-    return [_viewed(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+    return [ops.reshape(_viewed(x, dtype), shape) for x, dtype, shape in zip(arrays, dtypes, shapes, strict=True)]
 
 
 def _viewed(array, dtype):
@@ -262,10 +293,12 @@ def _start(row, array):
     return row, *(0,) * (len(array.shape) - 1)
 
 
-def _by_kernel(function, changed, read, scalars, tables, interpret=False):
+def _by_kernel(function, changed, read, row_shapes, scalars, tables, interpret=False):
     import jax
     from jax.experimental import pallas as pl
 
+    shapes = [x.shape for x in changed]
+    changed, read = _as_rows(changed, row_shapes[: len(changed)]), _as_rows(read, row_shapes[len(changed) :])
     n_rows, width = changed[0].shape
     size = np.gcd(n_rows, max(1, _ELEMENTS_OF_A_KERNEL // width)).item()
 
@@ -296,7 +329,7 @@ def _by_kernel(function, changed, read, scalars, tables, interpret=False):
 
     numbers = [x.reshape(1).astype("int32" if x.dtype == bool else x.dtype) for x in scalars]
     tables_in = [jax.numpy.asarray(table) for table in tables]
-    return triton_call(
+    run = triton_call(
         kernel,
         grid=(n_rows // size,),
         in_specs=[*map(some_rows, [*changed, *read]), *map(whole, [*numbers, *tables_in])],
@@ -305,10 +338,12 @@ def _by_kernel(function, changed, read, scalars, tables, interpret=False):
         input_output_aliases={i: i for i in range(len(changed))},
         warps=_WARPS,
         interpret=interpret,
-    )(*changed, *read, *numbers, *tables_in)
+    )
+    new = run(*changed, *read, *numbers, *tables_in)
+    return [x.reshape(shape) for x, shape in zip(new, shapes, strict=True)]
 
 
 _IS_TRACED = {"jax": _is_in_jaxpr, "tensorflow": _is_in_graph}
-_RUNNERS = {"jax": {"cpu": _by_loop, "gpu": _by_kernel}, "tensorflow": {"cpu": _by_loop}}.get(
+_RUNNERS = {"jax": {"cpu": _on_cpu, "gpu": _by_kernel}, "tensorflow": {"cpu": _by_loop}}.get(
     keras.backend.backend(), {}
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import keras
-from keras import ops
 
 from keras_precision import _bridge_variables
 from keras_precision.kernels import elementwise, rows, selection
@@ -65,13 +64,14 @@ def update(step: Callable, gradient, slots: Sequence[PackedSlot]) -> bool:
         return [new, *(part for parts in encoded for part in parts.values())]
 
     variables = [weight, *(part for slot in slots for part in slot.parts.values())]
+    read = [gradient, *program.tensors]
     row_shapes = [(width,), *(shape for slot in slots for shape in slot.state_format.row_shapes.values())]
     selected = selection.current()
     rows.assign_replaced(
         of_rows,
         variables,
-        row_shapes,
-        [ops.reshape(x, (-1, width)) for x in (gradient, *program.tensors)],
+        read,
+        [*row_shapes, *[(width,)] * len(read)],
         program.scalars,
         [table for slot in slots for table in slot.state_format.tables(slot.is_signed)],
         keep=None if selected is None else selected.condition,

@@ -13,6 +13,7 @@ from keras_precision.kernels.compiled import compiled
 
 pytestmark = pytest.mark.skipif(not RUNNERS, reason="runs on two backends")
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
+ROW_SHAPES = [(256,), (256,), (), (256,)]  # of what `step` changes and reads
 TABLE = np.linspace(-1, 1, 256).astype("float32") ** 3
 
 
@@ -38,7 +39,7 @@ def test_all_rows_are_replaced(runner, n_rows, flag):
     weight, gradient = draw.standard_normal((2, n_rows, 256), dtype="float32")
     codes, scale = draw.integers(0, 256, (n_rows, 256)).astype("uint8"), draw.uniform(1, 2, n_rows).astype("float32")
     changed, scalars = [weight, codes, scale], [np.float32(0.1), np.bool_(flag)]
-    run = compiled(lambda *x: rows.replaced(step, x[:3], x[3:4], x[4:], [TABLE]))
+    run = compiled(lambda *x: rows.replaced(step, x[:3], x[3:4], ROW_SHAPES, x[4:], [TABLE]))
     expected = step(changed, [gradient], scalars, rows.Target(lambda table, codes: table[codes.astype("int32")]))
     for found, wanted in zip(run(*changed, gradient, *scalars), expected, strict=True):
         found, wanted = ops.convert_to_numpy(found), ops.convert_to_numpy(wanted)
@@ -64,7 +65,7 @@ def test_everything_stays_where_told(runner, keep):
         weight, codes, float8 = changed
         return [weight * np.nan, codes + codes.dtype.type(1), (float8.astype("float32") + 500).astype(float8.dtype)]
 
-    run = jax.jit(lambda changed, keep: rows.replaced(step, changed, [], [], [], keep))
+    run = jax.jit(lambda changed, keep: rows.replaced(step, changed, [], [(256,)] * 3, [], [], keep))
     found = run([weight, codes, float8], np.bool_(keep))
     assert [x.dtype for x in found] == [weight.dtype, codes.dtype, float8.dtype]
     same = [
@@ -78,7 +79,7 @@ def test_float8_stays_what_it_is(runner):
 
     codes = np.arange(256, dtype="uint8").view(ml_dtypes.float8_e4m3fn)[None].repeat(300, axis=0)
     weight = np.zeros((300, 256), "float32")
-    run = compiled(lambda w, c: rows.replaced(lambda changed, *_: changed, [w, c], [], [], []))
+    run = compiled(lambda w, c: rows.replaced(lambda changed, *_: changed, [w, c], [], [(256,)] * 2, [], []))
     found = ops.convert_to_numpy(run(weight, ops.convert_to_tensor(codes))[1])
     assert found.dtype == codes.dtype
     same = np.asarray(found).view("uint8") == codes.view("uint8")
@@ -113,7 +114,7 @@ def test_runs_in_graphs_without_a_strategy():
         ("gpu", "12.0", rows._by_kernel),
         ("gpu", "7.5", None),
         ("gpu", "gfx942", None),
-        ("cpu", "", rows._by_loop),
+        ("cpu", "", rows._on_cpu),
         ("tpu", "", None),
     ],
 )
@@ -131,4 +132,4 @@ def test_a_device_that_is_set_counts():
 
     for device in ("cpu", jax.devices("cpu")[0]):
         with jax.default_device(device):
-            assert rows._runner() is rows._by_loop
+            assert rows._runner() is rows._on_cpu

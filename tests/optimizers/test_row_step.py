@@ -28,11 +28,13 @@ BY_ROWS = {
     "Adamax": lambda: keras.optimizers.Adamax(0.01),
     "Nadam": lambda: keras.optimizers.Nadam(0.01),
     "Lion": lambda: keras.optimizers.Lion(0.003),
-    "RMSprop": lambda: keras.optimizers.RMSprop(0.005, centered=True, momentum=0.5),
+    # With less epsilon all first momenta have one magnitude: the last bit decides which one, and which sign, makes the scale.
+    "RMSprop": lambda: keras.optimizers.RMSprop(0.005, centered=True, momentum=0.5, epsilon=0.01),
     "Adagrad": lambda: keras.optimizers.Adagrad(0.1),
     "Adadelta": lambda: keras.optimizers.Adadelta(1.0),
     "Ftrl": lambda: keras.optimizers.Ftrl(0.3),
 }
+BY_LOOP = {("native", "Ftrl")}  # native code has no powers
 # Norms, means over rows and columns, and matrix products; the last keeps weights among its states.
 BY_TENSOR = {
     "Lamb": lambda: keras.optimizers.Lamb(0.01),
@@ -112,8 +114,9 @@ def each_way(monkeypatch, runners, *arguments, **settings):
 @pytest.mark.default_xla
 @pytest.mark.parametrize("name", BY_ROWS)
 def test_rows_are_what_whole_tensors_are(name, monkeypatch, done):
-    expected, *by_rows = each_way(monkeypatch, RUNNERS, BY_ROWS[name])
-    assert done == [False, *[True] * len(RUNNERS)]  # traced once each
+    runners = [runner for runner in RUNNERS if (runner, name) not in BY_LOOP]
+    expected, *by_rows = each_way(monkeypatch, runners, BY_ROWS[name])
+    assert done == [False, *[True] * len(runners)]  # traced once each
     for found in by_rows:
         assert_agree(found, expected)
 
@@ -128,9 +131,8 @@ def test_every_format_and_gradients_of_16_bits(state_format, dtype, monkeypatch,
         assert_agree(found, expected)
 
 
-# RMSprop's first momenta have one magnitude, so that the last bit decides which of them, and which sign, makes the scale.
 @on_tensorflow
-@pytest.mark.parametrize("name", sorted(BY_ROWS.keys() - {"RMSprop"}))
+@pytest.mark.parametrize("name", BY_ROWS)
 def test_a_graph_has_parts_that_xla_compiles(name, done):
     found, expected = (steps(BY_ROWS[name], by_xla=by_xla) for by_xla in (False, True))
     assert done == [True, True]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_precision.formats.double_quant import dynamic_map
+from keras_precision.kernels import rows
 from keras_precision.optimizers.states import STATE_FORMATS, dynamic4, dynamic8, register_state_format
 from keras_precision.optimizers.states.geometry import Folding
 
@@ -335,6 +336,16 @@ def test_dynamic_values():
     # What unsigned decades have, signed ones have one decade lower, but for the first.
     halves = dynamic8.SIGNED.array[129:255]
     np.testing.assert_allclose(unsigned[1:127], halves / 10, rtol=3e-7)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_computed_values_are_those_of_the_table(name):
+    dynamic = MAPS[name]
+    codes = np.arange(len(dynamic.values), dtype="uint8")
+    found = ops.convert_to_numpy(dynamic.decode(codes, rows.ANY._replace(computes=True)))
+    np.testing.assert_allclose(found, dynamic.array, rtol=2**-19, atol=0)
+    again = ops.convert_to_numpy(dynamic.nearest(found[None] * 3, ops.array([3.0], "float32")))[0]
+    np.testing.assert_array_equal(again, codes)
 
 
 def nearest(dynamic, number, scale=1.0):
