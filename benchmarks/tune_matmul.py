@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=matmul.DTYPE, help="of x")
     parser.add_argument("--precision", help="of JAX's float32 products: highest, high, default")
     parser.add_argument("--gradients", action="store_true", help="products with the transposed weight")
+    parser.add_argument("--only", help="kinds of tiles, by commas: they take most of the time to compile")
     parser.add_argument("--best", type=int, default=4, help="how many to print")
     arguments = parser.parse_args()
     os.environ["KERAS_BACKEND"] = "jax"
@@ -110,11 +111,15 @@ def main() -> None:
     for shape in arguments.shapes.split(","):
         for name in arguments.formats.split(","):
             rows = [int(m) for m in arguments.rows.split(",")]
-            tune(name, *map(int, shape.split("x")), rows, arguments.dtype, arguments.gradients, arguments.best)
+            only = arguments.only and arguments.only.split(",")
+            tune(name, *map(int, shape.split("x")), rows, arguments.dtype, arguments.gradients, only, arguments.best)
 
 
-def tune(name, k, n, rows, dtype, of_gradients, best) -> None:
-    """Prints the fastest for one format, shape and dtype of x, of products or of their gradients with respect to x."""
+def tune(name, k, n, rows, dtype, of_gradients, only, best) -> None:
+    """Prints the fastest for one format, shape and dtype of x, of products or of their gradients with respect to x.
+
+    Of tiles only kinds in `only` are tried, unless it is None.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -161,6 +166,7 @@ def tune(name, k, n, rows, dtype, of_gradients, best) -> None:
                 x, p["codes"], double_quant.arrays(p), layout, tile, dtype
             )
             for tile in candidates(m, layout.kind, dtype)
+            if not only or kind_of(str(tile)) in only
         }
         for tile in decoding_tiles() if m == max(rows) else ():
             subjects[f"decoded, {tile}"] = asked(
