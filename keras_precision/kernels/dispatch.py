@@ -179,7 +179,7 @@ def _transposed_tile(layout, rows, dtype):
     hopper_tile = _hopper_transposed_tile(layout, rows, dtype)
     if hopper_tile is not None or not weight_only_transposed.can_run(layout, dtype):
         return hopper_tile
-    return measured.first_for(rows, measured.TRANSPOSED_TILES[layout.kind])
+    return measured.first_for(rows, measured.transposed_tiles(layout.kind, dtype))
 
 
 def _hopper_transposed_tile(layout, rows, dtype):

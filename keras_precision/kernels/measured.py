@@ -168,12 +168,36 @@ first takes 100 us for 16 rows of nf4, 107 for 64, 110 for 256, 208 for 1,024 (w
 the kernel for 2,048: 352, 363 (int4: 342, 324); int8 takes 212 for 1,024 (188) and 663 for 4,096 (728).
 """
 
-_TRANSPOSED = ((16, TransposedTile(16, 32, 128)),)
-TRANSPOSED_TILES = {"whole": _TRANSPOSED, "table": _TRANSPOSED, "bytes": _TRANSPOSED}
-"""What multiplies with a transposed weight where no slab does; with more rows the weight is decoded first.
+_TRANSPOSED = (
+    (16, TransposedTile(16, 32, 64, stages=1)),
+    (32, TransposedTile(32, 32, 128)),
+    (64, TransposedTile(64, 32, 64)),
+)
+_TRANSPOSED_BYTES = (
+    (16, TransposedTile(16, 64, 128)),
+    (32, TransposedTile(32, 64, 128)),
+    (64, TransposedTile(64, 64, 128)),
+)
+TRANSPOSED_TILES = {"whole": _TRANSPOSED, "table": _TRANSPOSED, "bytes": _TRANSPOSED_BYTES}
+"""What multiplies 16-bit activations with a transposed weight where no slab does, or the weight is decoded first.
 
-Right on an H200, and not timed yet: it reads a quarter of what decoding first writes, and as much as that reads.
+In us, with 16, 32, 64 and 128 rows: nf4 45, 66, 65 and 85, decoded first 75, 77, 80 and 81; int4 the same; int8 49, 57, 66
+and 94, decoded first 79, 81, 84 and 84; a bfloat16 weight 33, 35, 38 and 39. (H200, jax 0.11.2, 2026-11-30)
 """
+_TRANSPOSED_TF32 = ((32, TransposedTile(16, 32, 128, stages=1)),)
+TRANSPOSED_TF32_TILES = {"whole": _TRANSPOSED_TF32, "table": _TRANSPOSED_TF32, "bytes": ()}
+"""The same of float32 activations.
+
+In us, with 16, 32 and 64 rows: nf4 and int4 61, 120 and 166, decoded first 133, 134 and 142, a float32 weight 60, 63 and 68;
+int8 69, 88 and 82, decoded by XLA 39, 42 and 53.
+"""
+
+
+
+def transposed_tiles(kind: str, dtype: str) -> tuple:
+    """Returns pairs (greatest number of rows, tile) for a kind of codes and x of a dtype."""
+    return (TRANSPOSED_TF32_TILES if dtype == "float32" else TRANSPOSED_TILES)[kind]
+
 
 ROWS_OF_INTEGER_PARTS = 1024
 """From so many rows on int8 codes are multiplied in parts of so many rows (4096 rows: 1,094 us whole and, in another run, 496 so)."""

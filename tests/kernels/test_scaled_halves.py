@@ -12,6 +12,7 @@ from keras_precision.kernels import device, dispatch, measured, scaled_halves
 from keras_precision.kernels.scaled_halves import Halves
 from keras_precision.kernels.warpgroup import Slab
 from keras_precision.kernels.weight_only import Tile
+from keras_precision.kernels.weight_only_transposed import TransposedTile
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="runs on JAX only")
 
@@ -81,7 +82,8 @@ def test_dispatch(monkeypatch, precision, kinds):
     assert tuple(map(type, found)) == kinds
     monkeypatch.setattr(device, "has_wgmma", lambda: False)
     assert isinstance(dispatch._tile(layout, 17, "float32"), Tile)
-    assert dispatch._transposed_tile(layout, 17, "float32") is None
+    found = [dispatch._transposed_tile(layout, rows, "float32") for rows in (17, 33)]
+    assert list(map(type, found)) == [TransposedTile, type(None)]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 70])

@@ -116,10 +116,12 @@ def test_dispatch(monkeypatch):
     import jax
 
     pretended.on_nvidia(monkeypatch)
-    layout, most = Layout((77, 33), (0.0,) * 16, 64), measured.TRANSPOSED_TILES["table"][-1][0]
+    layout = Layout((77, 33), (0.0,) * 16, 64)
     for dtype in UNIT:
+        most = measured.transposed_tiles("table", dtype)[-1][0]
         assert isinstance(dispatch._transposed_tile(layout, most, dtype), TransposedTile)
-    assert dispatch._transposed_tile(layout, most + 1, "bfloat16") is None
+        assert dispatch._transposed_tile(layout, most + 1, dtype) is None
+    assert dispatch._transposed_tile(Layout((77, 33)), 1, "float32") is None  # XLA decodes such codes faster
     with jax.default_matmul_precision("highest"):
         assert dispatch._transposed_tile(layout, 1, "float32") is None
     assert dispatch._transposed_tile(Layout((77, 33), (0.0,) * 16, 16), 1, "bfloat16") is None  # blocks too small
@@ -133,14 +135,15 @@ def test_measured_tiles_lower_for_cuda(name, shape, dtype):
 
     codec, parts, _ = stored(name, *shape)
     layout = codec.layout(shape)
+    tiles = measured.transposed_tiles(layout.kind, dtype)
 
     def products(codes, *scales):
         return [
             dispatch.transposed_product_by(tile)(
                 jax.numpy.ones((rows, shape[1]), dtype), codes, scales, layout, tile, dtype
             )
-            for rows, tile in measured.TRANSPOSED_TILES[layout.kind]
+            for rows, tile in tiles
         ]
 
     text = jax.jit(products).trace(parts["codes"], *scales_of(parts)).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("xla.gpu.triton") == len(measured.TRANSPOSED_TILES[layout.kind])
+    assert text.count("xla.gpu.triton") == len(tiles)
