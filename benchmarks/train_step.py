@@ -1,10 +1,10 @@
-"""Time, memory and loss of a GPT-2-small training step: stock Keras, ours, and torch where it is installed.
+"""Time, memory and loss of a GPT-2-small training step: stock Keras, ours, and torch and bitsandbytes where installed.
 
     python benchmarks/train_step.py                        # on a GPU with 80 GB, under 5 minutes
     python benchmarks/train_step.py --layers 1 --width 64 --vocabulary 512 --length 64 --batch 2 --size 256 \
         --backends tensorflow
 
-Up to six processes live at once and are asked for one epoch after the other, so that what slows the device hits all;
+Up to seven processes live at once and are asked for one epoch after the other, so that what slows the device hits all;
 those of a policy are never apart. The device's bfloat16 matmul rate is measured before, by a process of its own.
 """
 
@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -25,10 +26,13 @@ import timing
 from matmul import matmul_rate
 
 # "unscaled" switches loss scaling off, which tells what it costs apart from what float16 itself does.
-POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "mixed_float16 unscaled", "bfloat16")
+UNSCALED = "unscaled"
+POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", f"mixed_float16 {UNSCALED}", "bfloat16")
 BASE = "mixed_bfloat16"  # what the cost of loss scaling is measured over
 AUTOCAST = {"float32": None, "mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}  # torch's word for a policy
-TOGETHER = 6  # processes of 16-bit policies that share 80 GiB, 7 to 12 each
+EIGHT_BITS = "8-bit AdamW"  # after a policy: ours and bitsandbytes', trained beside the policy's others
+LEARNING_RATE = 3e-4
+TOGETHER = 7  # processes of 16-bit policies that share 80 GiB, 7 to 12 each
 RATE = "matmul rate"  # what the worker that measures it is called
 SAMPLES = 5  # of it
 
@@ -57,7 +61,7 @@ class Shape:
 
 
 def build(shape: Shape, **compile_arguments):
-    """Returns a compiled transformer of stock layers, without dropout, trained by AdamW."""
+    """Returns a compiled transformer of stock layers, without dropout, trained by AdamW if not told otherwise."""
     import keras
     from keras import layers
 
@@ -73,7 +77,7 @@ def build(shape: Shape, **compile_arguments):
     x = layers.LayerNormalization(epsilon=1e-5)(x)
     model = keras.Model(tokens, layers.Dense(shape.vocabulary, use_bias=False)(x))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=keras.optimizers.AdamW(3e-4), loss=loss, **compile_arguments)
+    model.compile(**{"optimizer": keras.optimizers.AdamW(LEARNING_RATE), "loss": loss} | compile_arguments)
     return model
 
 
@@ -137,17 +141,19 @@ def keras_epoch(side: timing.Side, policy: str, shape: Shape) -> Callable[[], di
 
     It answers milliseconds a step, the mean loss and the peak of the device's memory.
     """
-    policy, _, unscaled = policy.partition(" ")
+    policy, _, change = policy.partition(" ")
     import keras
 
-    set_global_policy = keras.config.set_dtype_policy
+    set_global_policy, settings = keras.config.set_dtype_policy, {"auto_scale_loss": change != UNSCALED}
     if side == "ours":
         import keras_precision
 
         set_global_policy = keras_precision.set_global_policy
+        if change == EIGHT_BITS:
+            settings["optimizer"] = keras_precision.optimizers.AdamW8bit(LEARNING_RATE)
     keras.utils.set_random_seed(0)
     set_global_policy(policy)
-    model = build(shape, auto_scale_loss=not unscaled)
+    model = build(shape, **settings)
     inputs, targets = tokens_of(shape)
 
     class Clock(keras.callbacks.Callback):
@@ -170,6 +176,7 @@ def keras_epoch(side: timing.Side, policy: str, shape: Shape) -> Callable[[], di
 
 def torch_epoch(policy: str, shape: Shape) -> Callable[[], dict]:
     """Returns a function that answers the same for torch, and how torch ran; its tokens are on the device before."""
+    policy, _, change = policy.partition(" ")
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -179,7 +186,12 @@ def torch_epoch(policy: str, shape: Shape) -> Callable[[], dict]:
     scaler = torch.amp.GradScaler(device, enabled=dtype == "float16")
     model = build_in_torch(shape).to(device)
     settings = {"betas": (0.9, 0.999), "eps": 1e-7, "weight_decay": 0.004}  # Keras's defaults
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=True, **settings)
+    if change == EIGHT_BITS:
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), LEARNING_RATE, **settings)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True, **settings)
     inputs, targets = (torch.from_numpy(x).long().to(device).split(shape.batch) for x in tokens_of(shape))
 
     def loss_of(tokens, following):
@@ -226,12 +238,22 @@ def compiled(function: Callable, attempt: Callable[[Callable], object]) -> tuple
     return faster, f"{how}, compiled"
 
 
+def names_of(policy: str, has_torch: bool, has_8_bits: bool) -> list[str]:
+    """Returns what the processes of a policy are called: "side:policy"."""
+    names = [f"{side}:{policy}" for side in (*timing.SIDES, *["torch"] * has_torch)]
+    if has_8_bits:
+        # bitsandbytes has optimizers for GPUs only, and is of no use without torch.
+        has_bitsandbytes = has_torch and importlib.util.find_spec("bitsandbytes") and shutil.which("nvidia-smi")
+        names += [f"{side}:{policy} {EIGHT_BITS}" for side in ("ours", *["bitsandbytes"] * bool(has_bitsandbytes))]
+    return names
+
+
 def function_of(name: str, shape: Shape) -> Callable:
     """Returns what a worker answers with: the matmul rate or, of a "side:policy", one more epoch."""
     if name == RATE:
         return functools.partial(matmul_rate, samples=SAMPLES)
     side, _, policy = name.partition(":")
-    return torch_epoch(policy, shape) if side == "torch" else keras_epoch(side, policy, shape)
+    return keras_epoch(side, policy, shape) if side in timing.SIDES else torch_epoch(policy, shape)
 
 
 def peak_bytes() -> int | None:
@@ -305,7 +327,7 @@ def print_table(backend: str, shape: Shape, rate: float, answers: dict[str, list
     )
     how = sorted({taken[-1]["how"] for taken in answers.values() if "how" in taken[-1]})
     if how:
-        table.caption += f" Policies of torch: its autocast, TF32 for float32. {'; '.join(how)}."
+        table.caption += f" Policies of torch and bitsandbytes: torch's autocast, TF32 for float32. {'; '.join(how)}."
     for heading in ("backend", "policy", "side"):
         table.add_column(heading)
     for heading in ("ms a step", "to Keras's", f"to {BASE}", "share", "peak GiB", "first loss", "last loss"):
@@ -319,7 +341,7 @@ def print_table(backend: str, shape: Shape, rate: float, answers: dict[str, list
             policy,
             side,
             f"{ms:.2f}",
-            ratio(taken, answers.get(f"keras:{policy}")),
+            ratio(taken, answers.get(f"keras:{policy.removesuffix(f' {EIGHT_BITS}')}")),
             ratio(taken, answers.get(f"{side}:{BASE}")),
             f"{shape.operations / (ms / 1e3) / rate:.1%}",
             "" if peak is None else f"{peak / 2**30:.2f}",
@@ -344,6 +366,7 @@ def main() -> None:
     parser.add_argument(
         "--torch", default="mixed_bfloat16,mixed_float16", help=f"of them torch's: {', '.join(AUTOCAST)}"
     )
+    parser.add_argument("--eight-bits", default=BASE, help=f"policies trained by {EIGHT_BITS} as well")
     parser.add_argument("--epochs", type=int, default=7, help="timed epochs of each process")
     parser.add_argument("--size", type=int, default=8192, help="of the matrices that measure the device's matmul rate")
     parser.add_argument("--json", dest="path", help="also write the raw figures there")
@@ -360,10 +383,9 @@ def main() -> None:
         return
     os.environ["TRAIN_STEP_SHAPE"] = json.dumps(asdict(shape))
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the processes share the device
-    sides = dict.fromkeys(by_torch if importlib.util.find_spec("torch") else (), (*timing.SIDES, "torch"))
-    policies = [
-        [f"{side}:{policy}" for side in sides.get(policy, timing.SIDES)] for policy in arguments["policies"].split(",")
-    ]
+    by_torch = by_torch if importlib.util.find_spec("torch") else []
+    in_8_bits = arguments["eight_bits"].split(",")
+    policies = [names_of(policy, policy in by_torch, policy in in_8_bits) for policy in arguments["policies"].split(",")]
     for backend in arguments["backends"].split(","):
         with timing.Worker(__file__, RATE, backend) as worker:
             worker.read()
