@@ -142,7 +142,7 @@ def _node(value, dtype):
     if isinstance(value, Node):
         return value
     flat = np.asarray(value, dtype).reshape(-1)
-    if flat.size and (flat == flat[0]).all():
+    if flat.tobytes() == flat[:1].tobytes() * flat.size:  # zeros of both signs are not alike
         flat = flat[:1]
     return Node(str(dtype), flat.size, phase=-1, value=flat)
 
