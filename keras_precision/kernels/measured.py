@@ -193,7 +193,6 @@ int8 69, 88 and 82, decoded by XLA 39, 42 and 53.
 """
 
 
-
 def transposed_tiles(kind: str, dtype: str) -> tuple:
     """Returns pairs (greatest number of rows, tile) for a kind of codes and x of a dtype."""
     return (TRANSPOSED_TF32_TILES if dtype == "float32" else TRANSPOSED_TILES)[kind]

@@ -64,7 +64,7 @@ def _named(of_floats, of_integers):
 def _of_floats(write):
     def checked(x):
         if _kind(x.dtypes[0]) != _FLOAT:
-            raise Uncompilable(f"it of {x.dtypes[0]}")
+            raise Uncompilable(f"an operation of floats on {x.dtypes[0]}")
         return write(x)
 
     return checked
@@ -328,7 +328,7 @@ def looked_up(table: np.ndarray) -> Callable[[Operands], Any]:
         element, lanes = llvm_type(str(table.dtype)), getattr(places.type, "count", 1)
         numbers = address_of(x.build.module, table)
         wide = ir.VectorType(i64, lanes) if lanes > 1 else i64
-        places = (x.build.sext if x.dtypes[0].startswith("int") else x.build.zext)(places, wide)
+        places = (x.build.sext if _kind(x.dtypes[0]) == _SIGNED else x.build.zext)(places, wide)
         if lanes == 1:
             return x.build.load(x.build.gep(numbers, [places], source_etype=element), typ=element)
         # llvmlite makes no vector of addresses of an address and places.

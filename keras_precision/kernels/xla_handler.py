@@ -54,6 +54,7 @@ class _Writer:
         self._rows_of_a_turn = max(1, _ELEMENTS_OF_A_TURN // function.width)
         self._width_of_the_first = function.arguments[0].width
         self._i8, self._i32, self._i64, self._pointer = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.PointerType()
+        self._null = ir.Constant(self._pointer, None)
         self._malloc = self._declared("malloc", self._pointer, [self._i64])
         self._free = self._declared("free", ir.VoidType(), [self._pointer])
         self._yield = self._declared("sched_yield", self._i32, [])
@@ -126,17 +127,16 @@ class _Writer:
         function = self._declared(name, self._pointer, [self._pointer])
         build = self._ir.IRBuilder(function.append_basic_block("entry"))
         (frame,) = function.args
-        null = self._ir.Constant(self._pointer, None)
         api = self._read(build, frame, _FRAME["api"])
         extension = self._read(build, frame, _FRAME["extension"])
-        with build.if_then(build.icmp_unsigned("!=", extension, null)):
+        with build.if_then(build.icmp_unsigned("!=", extension, self._null)):
             kind = self._read(build, extension, _EXTENSION["type"], self._i32)
             with build.if_then(build.icmp_signed("==", kind, self._i32(_METADATA))):
                 metadata = self._read(build, extension, _EXTENSION["metadata"])
                 self._put(build, self._i32(_MAJOR_VERSION), metadata, _METADATA_VERSION["major"])
                 minor = self._read(build, api, _API["minor"], self._i32)
                 self._put(build, minor, metadata, _METADATA_VERSION["minor"])
-                build.ret(null)
+                build.ret(self._null)
         job, n_rows = self._made_job(build, frame)
         self._shared(build, frame, api, job, n_rows)
         build.call(self._work, [job])
@@ -151,7 +151,7 @@ class _Writer:
         build.branch(ready)
         build.position_at_end(ready)
         build.call(self._release, [job])
-        build.ret(null)
+        build.ret(self._null)
         return function
 
     def _made_job(self, build, frame):
@@ -193,7 +193,7 @@ class _Writer:
 
     def _shared(self, build, frame, api, job, n_rows):
         """Asks threads of XLA to work on a job: one fewer than it has turns at most."""
-        context, null = self._read(build, frame, _FRAME["context"]), self._ir.Constant(self._pointer, None)
+        context = self._read(build, frame, _FRAME["context"])
         count = self._room(build, 8)
         build.store(self._i64(1), count)
         request = self._request(build, _N_THREADS_SIZE, [context, count])
@@ -207,7 +207,7 @@ class _Writer:
         def ask(i):
             self._added(build, job, "holders", self._i64(1))
             error = build.call(schedule, [request])
-            with build.if_then(build.icmp_unsigned("!=", error, null)):
+            with build.if_then(build.icmp_unsigned("!=", error, self._null)):
                 self._added(build, job, "holders", self._i64(-1))
             self._destroyed(build, api, error)
 
@@ -236,7 +236,7 @@ class _Writer:
         """Returns the structure that a function of the interface is called with."""
         request = self._room(build, size)
         self._put(build, self._i64(size), request, 0)
-        self._put(build, self._ir.Constant(self._pointer, None), request, 8)
+        self._put(build, self._null, request, 8)
         for i, member in enumerate(members):
             self._put(build, member, request, 16 + 8 * i)
         return request
@@ -247,7 +247,7 @@ class _Writer:
 
     def _destroyed(self, build, api, error):
         """Forgets an error: what no other thread takes on, this one does."""
-        with build.if_then(build.icmp_unsigned("!=", error, self._ir.Constant(self._pointer, None))):
+        with build.if_then(build.icmp_unsigned("!=", error, self._null)):
             request = self._request(build, _DESTROY_SIZE, [error])
             build.call(self._function(build, api, "destroy_error"), [request])
 
